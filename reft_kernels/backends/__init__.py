@@ -1,0 +1,1 @@
+"""The implementations of the edit, and the choice among them."""

@@ -1,0 +1,227 @@
+"""The edit as Triton kernels: one launch forward, one cooperative launch backward.
+
+With TRITON_INTERPRET=1 set before the first import, the same kernels run on CPU tensors in Triton's interpreter.
+It runs programs one after the other, so that there the backward's two phases are two launches.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reft_kernels.philox import keep_threshold
+from reft_kernels.problem import EditProblem, Needs
+
+name = "triton"
+
+MAX_RANK = 64
+MIN_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why Triton kernels cannot run on this machine; None if they can. Never initialises CUDA."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not (interpreted() or torch.cuda.is_available()):
+        return "no GPU (torch.cuda.is_available() is False), and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter in this process."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unsupported(problem: EditProblem) -> str | None:
+    """Why this edit is not for these kernels; None if it is."""
+    device = problem.h.device
+    if interpreted():
+        if device.type != "cpu":
+            return f"the interpreter takes CPU tensors, got h on {device}"
+    elif device.type != "cuda":
+        return f"needs h on a CUDA device, got {device}"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer, got {major}.{minor}"
+    elif problem.accumulator == torch.float64:
+        return "float64 runs in the interpreter only"
+    if problem.R.shape[1] > MAX_RANK:
+        return f"takes ranks up to {MAX_RANK}, got r={problem.R.shape[1]}"
+    return None
+
+
+@functools.cache
+def _kernels() -> SimpleNamespace:
+    import triton.language as tl
+
+    from reft_kernels.triton.edit_backward import edit_backward_kernel
+    from reft_kernels.triton.edit_forward import edit_forward_kernel
+
+    return SimpleNamespace(
+        forward=edit_forward_kernel,
+        backward=edit_backward_kernel,
+        accumulators={torch.float32: tl.float32, torch.float64: tl.float64},
+    )
+
+
+def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`reft_kernels.backends.eager.edit_forward`."""
+    p = problem
+    batch, length, d = p.h.shape
+    h = p.h if p.h.stride(2) == 1 or d <= 1 else p.h.contiguous()
+    slots = length if p.positions is None else p.positions.shape[1]
+    rows, r = batch * slots, p.R.shape[1]
+    linear = p.activation == "linear"
+    if inplace:
+        y = h
+    elif p.positions is None:
+        y = torch.empty_like(h, memory_format=torch.contiguous_format)
+    else:
+        y = h.clone(memory_format=torch.contiguous_format)
+    delta = h.new_empty(rows, r, dtype=p.accumulator)
+    s = h.new_empty(0 if linear else (rows, r), dtype=p.accumulator)
+    before = h.new_empty((rows, d) if save_rows else 0)
+    if rows == 0:
+        return y, delta, s, before
+    kernels = _kernels()
+    with _on_device(h):
+        kernels.forward[(rows,)](
+            h, y, delta, s, before, *_weights(p), p.positions, p.group, p.scale, p.seed,
+            rows, slots, length, p.R.shape[0], d,
+            h.stride(0), h.stride(1), y.stride(0), y.stride(1), *_slot_strides(p),
+            1 / (1 - p.dropout),
+            **forward_config(r, d),
+            **_flags(p),
+            HAS_B=p.b is not None,
+            HAS_C=p.c is not None and p.subtract,
+            SAVE_ROWS=save_rows,
+            COPY_OTHERS=p.positions is None and p.group is not None and not inplace,
+            ACCUMULATOR=kernels.accumulators[p.accumulator],
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return y, delta, s, before
+
+
+def edit_backward(
+    grad: Tensor, problem: EditProblem, delta: Tensor, s: Tensor, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See :func:`reft_kernels.backends.eager.edit_backward`."""
+    p = problem
+    batch, length, d = grad.shape
+    slots = length if p.positions is None else p.positions.shape[1]
+    rows, r = batch * slots, p.R.shape[1]
+    linear = p.activation == "linear"
+    if needs.h:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+    elif grad.stride(2) != 1:
+        grad = grad.contiguous()
+    x = p.h if p.h.stride(-1) == 1 or d <= 1 else p.h.contiguous()
+    make = torch.empty_like if rows else torch.zeros_like
+    dR = make(p.R, memory_format=torch.contiguous_format) if needs.R else None
+    dW = make(p.W, memory_format=torch.contiguous_format) if needs.W and p.W is not None else None
+    db = make(p.b, memory_format=torch.contiguous_format) if needs.b and p.b is not None else None
+    dc = make(p.c, memory_format=torch.contiguous_format) if needs.c and p.c is not None else None
+    gradients = (grad if needs.h else None, dR, dW, db, dc)
+    if rows == 0 or d == 0:
+        return gradients
+    gd = delta.new_empty(rows, r)
+    gs = gd if linear else torch.empty_like(gd)
+    R, W, _, _ = _weights(p)
+    kernels = _kernels()
+    config = backward_config(r, d)
+    slabs = -(-d // config["SLAB_D"]) * p.R.shape[0]
+    phases = (1, 2) if interpreted() else (0,)
+    with _on_device(grad):
+        programs = min(max(rows, slabs), _resident_programs(grad.device))
+        for phase in phases:
+            kernels.backward[(programs,)](
+                grad, x, delta, s, R, W, p.positions, p.group, p.scale, p.seed, gd, gs, dR, dW, db, dc,
+                _barrier_word(grad.device) if phase == 0 else None,
+                rows, slots, length, p.R.shape[0], d,
+                grad.stride(0), grad.stride(1), *((x.stride(0), x.stride(1)) if x.dim() == 3 else (0, 0)),
+                *_slot_strides(p),
+                1 / (1 - p.dropout),
+                **config,
+                **_flags(p),
+                X_IS_ROWS=x.dim() == 2,
+                NEED_H=needs.h,
+                NEED_R=dR is not None,
+                NEED_W=dW is not None,
+                NEED_B=db is not None,
+                NEED_C=dc is not None,
+                PHASE=phase,
+                ACCUMULATOR=kernels.accumulators[p.accumulator],
+                enable_fp_fusion=True,
+                **({} if interpreted() else {"launch_cooperative_grid": True}),
+            )  # fmt: skip
+    return gradients
+
+
+def forward_config(r: int, d: int) -> dict[str, int]:
+    """Tile sizes and warps of the forward kernel."""
+    block_r = _power_of_two(r)
+    block_d = max(64, min(1024, 8192 // block_r, _power_of_two(d)))
+    return {"r": r, "BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": 4}
+
+
+def backward_config(r: int, d: int) -> dict[str, int]:
+    """Tile sizes and warps of the backward kernel; ``tl.dot`` wants at least 16 in every dimension."""
+    slab_r = max(16, _power_of_two(r))
+    block_n = 32 if slab_r <= 16 else 16
+    return {**forward_config(r, d), "BLOCK_N": block_n, "SLAB_R": slab_r, "SLAB_D": 32, "num_warps": 4}
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _weights(p: EditProblem) -> tuple[Tensor | None, ...]:
+    """R, W, b, c as the kernels address them."""
+    return tuple(None if t is None else t.contiguous() for t in (p.R, p.W, p.b, p.c))
+
+
+def _slot_strides(p: EditProblem) -> tuple[int, ...]:
+    return tuple(stride for t in (p.positions, p.group, p.scale) for stride in ((0, 0) if t is None else t.stride()))
+
+
+def _flags(p: EditProblem) -> dict[str, Any]:
+    return {
+        "ACTIVATION": p.activation,
+        "SUBTRACT": p.subtract,
+        "HAS_W": p.W is not None,
+        "HAS_POSITIONS": p.positions is not None,
+        "HAS_GROUP": p.group is not None,
+        "HAS_SCALE": p.scale is not None,
+        "DROPOUT": p.dropout > 0,
+        "KEEP_THRESHOLD": keep_threshold(p.dropout),
+    }
+
+
+def _on_device(tensor: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.inference_mode(False)
+
+
+@functools.cache
+def _resident_programs(device: torch.device) -> int:
+    """How many programs surely run at once, as the grid barrier needs: one a multiprocessor."""
+    if device.type != "cuda":
+        return 3  # the interpreter: few, but more than one, so that the work is strided as on a GPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _barrier_word_of_stream(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def _barrier_word(device: torch.device) -> Tensor:
+    """The word of the current stream: kernels of two streams may overlap and must not share one."""
+    return _barrier_word_of_stream(device, torch.cuda.current_stream(device).cuda_stream)

@@ -1,0 +1,343 @@
+"""The six interventions of pyreft as modules over one edit.
+
+    y = D_p( h + R^T ( f(W h + b) - gamma (R h + c) ) )
+
+    class                 R                          W, b             gamma   c                  source
+    LoreftIntervention    rotate_layer, orthonormal  learned_source   1       -                  paper eq. 2
+    NoreftIntervention    proj_layer, free           learned_source   1       proj_layer.bias    appendix E
+    ConsreftIntervention  rotate_layer, orthonormal  b only           1       -                  appendix E
+    LobireftIntervention  rotate_layer, orthonormal  b only           0       -                  appendix E
+    DireftIntervention    rotate_layer, orthonormal  learned_source   0       -                  appendix E
+    NodireftIntervention  proj_layer, free           learned_source   0       -                  eq. 3 (DiReFT)
+
+Constructor arguments and attribute names are pyreft's (``pyreft/interventions.py``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reft_kernels.functional import edit
+from reft_kernels.orthogonal import OrthonormalRows
+from reft_kernels.reference import ACTIVATIONS
+
+# What pyvene hands to every intervention it builds, and what pyreft's own constructors take without effect.
+_IGNORED = frozenset(
+    {
+        "component",
+        "device",
+        "group_key",
+        "hidden_source_representation",
+        "init_orth",
+        "interchange_dim",
+        "intervention",
+        "intervention_link_key",
+        "intervention_type",
+        "keep_last_dim",
+        "latent_dim",
+        "layer",
+        "max_number_of_units",
+        "moe_key",
+        "positions",
+        "source_representation",
+        "subspace_partition",
+        "unit",
+        "use_fast",
+    }
+)
+
+
+class EditWeights(NamedTuple):
+    """The operands of an intervention's edit, as :func:`reft_kernels.edit` takes them."""
+
+    R: Tensor  # [r, d]
+    W: Tensor | None  # [r, d]
+    b: Tensor | None  # [r]
+    c: Tensor | None  # [r]
+    subtract: bool
+    activation: str
+    dropout: float  # 0 in eval mode
+
+
+class RotateLayer(nn.Module):
+    """R with orthonormal rows under pyreft's name: ``weight`` is R^T [d, r], readable and assignable.
+
+    Raises:
+        ValueError: an assigned weight is not [d, r] or its columns are not orthonormal.
+    """
+
+    def __init__(self, n: int, m: int) -> None:
+        super().__init__()
+        self.rows = OrthonormalRows(n, m)
+
+    @property
+    def weight(self) -> Tensor:
+        """R^T [d, r] in float32, differentiable to the parameter behind it."""
+        return self.rows.weight.T
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # also for an nn.Parameter, which nn.Module would register
+            self.rows.assign(value.T)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x R^T in the dtype of R: [..., d] to [..., r]."""
+        weight = self.weight
+        return x.to(weight.dtype) @ weight
+
+
+class Intervention(nn.Module):
+    """What the six interventions share.
+
+    Args:
+        embed_dim: d, the length of a hidden state.
+        low_rank_dimension: r.
+        dtype: of ``learned_source`` and ``proj_layer`` (a torch dtype or its name). R with orthonormal rows is
+            always float32.
+        dropout: probability of dropping an element of an edited row, in training mode.
+        act_fn: f: linear (None), relu, gelu, silu or tanh.
+        add_bias: whether ``proj_layer`` has a bias c.
+        **kwargs: pyvene's own fields are accepted in silence, others with a warning that they have no effect.
+
+    Raises:
+        ValueError: r not in [1, d], an unknown activation, a dropout outside [0, 1).
+        TypeError: embed_dim or low_rank_dimension missing or not an integer.
+    """
+
+    orthonormal: ClassVar[bool]
+    has_W: ClassVar[bool]
+    subtract: ClassVar[bool]
+    has_c: ClassVar[bool] = False
+    takes_dropout: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        embed_dim: int | None = None,
+        low_rank_dimension: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        dropout: float = 0.0,
+        act_fn: str | None = None,
+        add_bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        unknown = sorted(set(kwargs) - _IGNORED)
+        if unknown:
+            warnings.warn(f"{type(self).__name__}: no effect of {', '.join(unknown)}", stacklevel=2)
+        d = _integer("embed_dim", embed_dim)
+        r = _integer("low_rank_dimension", low_rank_dimension)
+        if not 1 <= r <= d:
+            raise ValueError(f"low_rank_dimension: expected 1 <= r <= embed_dim={d}, got {r}")
+        act_fn = act_fn or "linear"
+        if act_fn not in ACTIVATIONS:
+            raise ValueError(f"act_fn: expected one of {', '.join(ACTIVATIONS)}, got {act_fn!r}")
+        dropout = dropout or 0.0
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        if act_fn != "linear" and not self.has_W:
+            warnings.warn(f"{type(self).__name__}: no effect of act_fn, as in pyreft", stacklevel=2)
+            act_fn = "linear"
+        if dropout > 0 and not self.takes_dropout:
+            warnings.warn(f"{type(self).__name__}: no effect of dropout, as in pyreft", stacklevel=2)
+            dropout = 0.0
+        self.embed_dim, self.low_rank_dimension = d, r
+        self.act_fn = act_fn
+        self.add_bias = bool(add_bias)
+        self.dropout = nn.Dropout(dropout)
+        dtype = _dtype(dtype)
+        if self.orthonormal:
+            self.rotate_layer = RotateLayer(d, r)
+        else:
+            self.proj_layer = nn.Linear(d, r, bias=self.add_bias and self.has_c, dtype=dtype)
+        if self.has_W:
+            self.learned_source: nn.Module | nn.Parameter = nn.Linear(d, r, dtype=dtype)
+        else:
+            self.learned_source = nn.Parameter(torch.rand(r))
+
+    def edit_weights(self) -> EditWeights:
+        """The operands of this intervention's edit, as they are now."""
+        R: Tensor = self.rotate_layer.rows.weight if self.orthonormal else self.proj_layer.weight
+        W: Tensor | None
+        b: Tensor | None
+        if isinstance(self.learned_source, nn.Linear):
+            W, b = self.learned_source.weight, self.learned_source.bias
+        else:
+            assert isinstance(self.learned_source, Tensor)
+            W, b = None, self.learned_source
+        c = self.proj_layer.bias if self.has_c else None
+        return EditWeights(R, W, b, c, self.subtract, self.act_fn, self.dropout.p if self.training else 0.0)
+
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:
+        """Edits every row of ``base`` [..., d]; ``source`` and ``subspaces`` have no effect, as in pyreft.
+
+        Returns:
+            The shape and dtype of ``base``.
+        """
+        return edit_rows((self,), base)
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, in types that JSON has."""
+        linear = self.learned_source if self.has_W else None
+        dtype = linear.weight.dtype if isinstance(linear, nn.Linear) else torch.float32
+        return {
+            "embed_dim": self.embed_dim,
+            "low_rank_dimension": self.low_rank_dimension,
+            "dtype": str(dtype).removeprefix("torch."),
+            "dropout": self.dropout.p,
+            "act_fn": self.act_fn,
+            "add_bias": self.add_bias,
+        }
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        return f"embed_dim={self.embed_dim}, low_rank_dimension={self.low_rank_dimension}, act_fn={self.act_fn}"
+
+
+class LoreftIntervention(Intervention):
+    """LoReFT(h) = h + R^T (f(W h + b) - R h), R with orthonormal rows. Paper eq. 2; arguments of Intervention."""
+
+    orthonormal, has_W, subtract = True, True, True
+
+
+class NoreftIntervention(Intervention):
+    """NoReFT(h) = h + R^T (f(W h + b) - (R h + c)), R free. Paper appendix E; arguments of Intervention."""
+
+    orthonormal, has_W, subtract, has_c = False, True, True, True
+
+
+class ConsreftIntervention(Intervention):
+    """ConsReFT(h) = h + R^T (b - R h), R with orthonormal rows. Paper appendix E; arguments of Intervention.
+
+    ``act_fn`` and ``dropout`` have no effect, as in pyreft; ``learned_source`` is b itself.
+    """
+
+    orthonormal, has_W, subtract, takes_dropout = True, False, True, False
+
+
+class LobireftIntervention(Intervention):
+    """LobiReFT(h) = h + R^T b, R with orthonormal rows. Paper appendix E; arguments of Intervention.
+
+    ``act_fn`` has no effect, as in pyreft; ``learned_source`` is b itself.
+    """
+
+    orthonormal, has_W, subtract = True, False, False
+
+
+class DireftIntervention(Intervention):
+    """h + R^T f(W h + b), R with orthonormal rows. Paper appendix E; arguments of Intervention.
+
+    The paper's own DiReFT, with R free, is :class:`NodireftIntervention`.
+    """
+
+    orthonormal, has_W, subtract = True, True, False
+
+
+class NodireftIntervention(Intervention):
+    """DiReFT(h) = h + R^T f(W h + b), R free. Paper eq. 3 with R = W2 and W = W1; arguments of Intervention.
+
+    ``add_bias`` has no effect: pyreft's bias is never used and would be a parameter without a gradient.
+    """
+
+    orthonormal, has_W, subtract = False, True, False
+
+
+METHODS: dict[str, type[Intervention]] = {
+    "loreft": LoreftIntervention,
+    "noreft": NoreftIntervention,
+    "consreft": ConsreftIntervention,
+    "lobireft": LobireftIntervention,
+    "direft": DireftIntervention,
+    "nodireft": NodireftIntervention,
+}
+INTERVENTIONS: dict[str, type[Intervention]] = {cls.__name__: cls for cls in METHODS.values()}
+
+
+def edit_rows(
+    interventions: Sequence[Intervention],
+    h: Tensor,
+    positions: Tensor | None = None,
+    group: Tensor | None = None,
+    scale: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Several interventions of one hidden state as one edit.
+
+    Args:
+        interventions: G of them, of one embed_dim.
+        h: [B, S, d]; any [..., d] without positions.
+        positions: integers [B, P], -1 names none; None: every row.
+        group: integers [B, P] (or h.shape[:-1]), which intervention edits the row, -1: none; may be left out for
+            a single one.
+        scale: floats of the shape of ``group``.
+        inplace: write h.
+
+    Returns:
+        The shape and dtype of h. Interventions of one kind (subtract, activation, dropout, which weights exist) are
+        one call of :func:`reft_kernels.edit`, smaller ranks padded with zeros, which add nothing.
+
+    Raises:
+        ValueError: no intervention, or several without a group; and what :func:`reft_kernels.edit` raises.
+    """
+    if not interventions:
+        raise ValueError("interventions: expected at least one")
+    if group is None:
+        if len(interventions) > 1:
+            raise ValueError(f"group: expected integers that pick one of the {len(interventions)} interventions")
+        w = interventions[0].edit_weights()
+        return edit(
+            h, w.R, w.W, w.b, c=w.c, positions=positions, scale=scale, subtract=w.subtract,
+            activation=w.activation, dropout=w.dropout, inplace=inplace,
+        )  # fmt: skip
+    kinds: dict[tuple[Any, ...], list[tuple[int, EditWeights]]] = {}
+    for index, intervention in enumerate(interventions):
+        w = intervention.edit_weights()
+        kind = (w.W is not None, w.b is not None, w.c is not None, w.subtract, w.activation, w.dropout)
+        kinds.setdefault(kind, []).append((index, w))
+    for members in kinds.values():
+        first = members[0][1]
+        own = group
+        if len(kinds) > 1:
+            own = torch.full_like(group, -1)
+            for local, (index, _) in enumerate(members):
+                own = own.masked_fill(group == index, local)
+        R, W, b, c = (_stack([w[i] for _, w in members]) for i in range(4))
+        assert R is not None
+        h = edit(
+            h, R, W, b, c=c, positions=positions, group=own, scale=scale, subtract=first.subtract,
+            activation=first.activation, dropout=first.dropout, inplace=inplace,
+        )  # fmt: skip
+    return h
+
+
+def _stack(weights: list[Any]) -> Tensor | None:
+    """[r_i, d] or [r_i] to [G, r, d] or [G, r] with r the largest, zero-padded; None if they are."""
+    if weights[0] is None:
+        return None
+    r = max(w.shape[0] for w in weights)
+    dtype = weights[0].dtype
+    for w in weights:
+        dtype = torch.promote_types(dtype, w.dtype)
+    padding = ((0, 0, 0) if w.dim() == 2 else (0,) for w in weights)
+    return torch.stack([F.pad(w.to(dtype), (*p, r - w.shape[0])) for w, p in zip(weights, padding, strict=True)])
+
+
+def _integer(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    return value
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype: expected a floating torch dtype or its name, got {dtype!r}")
+    return found

@@ -1,0 +1,57 @@
+"""One edit, checked and normalised: what a backend is given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class EditProblem(NamedTuple):
+    """The operands of one edit of h, in one layout for every call.
+
+    h is the tensor before the edit: [B, S, d] with unit inner stride or not, or, in a backward whose forward was
+    in place, the N = B * P named rows alone, [N, d]. Row n is batch ``n // P``, slot ``n % P``; without positions
+    P = S and the slot is the position. A row is edited if its position lies in [0, S) and its group in [0, G).
+    """
+
+    h: Tensor
+    R: Tensor  # [G, r, d]
+    W: Tensor | None  # [G, r, d]
+    b: Tensor | None  # [G, r]
+    c: Tensor | None  # [G, r]
+    positions: Tensor | None  # int [B, P]
+    group: Tensor | None  # int [B, P]
+    scale: Tensor | None  # float [B, P]
+    seed: Tensor | None  # int64 [1]
+    subtract: bool
+    activation: str
+    dropout: float
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """float64 where h or R is float64, else float32."""
+        return accumulator_of(self.h.dtype, self.R.dtype)
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    h: bool
+    R: bool
+    W: bool
+    b: bool
+    c: bool
+
+
+def accumulator_of(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def as_rows(h: Tensor, has_positions: bool) -> Tensor:
+    """h [..., d] as [B, S, d], a view where its strides allow: itself with positions, else all rows as one batch."""
+    if has_positions or h.dim() == 3:
+        return h
+    return h.unsqueeze(0) if h.dim() == 2 else h.reshape(1, -1, h.shape[-1])

@@ -1,0 +1,1 @@
+"""Triton kernels: device code only. Their launchers are in :mod:`reft_kernels.backends.triton`."""
