@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,26 +57,24 @@ class EditFunction(torch.autograd.Function):
             dh = dh.view(grad.shape)
         if group is None:
             rest = [t if t is None else t.squeeze(0) for t in rest]
-        return *first_derivative_only((dh, *rest), ctx.saved_tensors), None, None, None
+        return *first_derivative_only((dh, *rest)), None, None, None
 
 
-def first_derivative_only(
-    gradients: tuple[Tensor | None, ...], inputs: Iterable[Tensor | None]
-) -> tuple[Tensor | None, ...]:
+def first_derivative_only(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Gradients as they are; under ``create_graph=True`` such that differentiating them raises.
 
     Without it autograd would take them for constants, and a second derivative would be wrong in silence.
     """
     if not torch.is_grad_enabled():
         return gradients
-    anchors = [t for t in inputs if t is not None and t.requires_grad]
-    return _FirstDerivative.apply(len(gradients), *gradients, *anchors)  # type: ignore[no-any-return]
+    anchor = torch.zeros((), requires_grad=True)
+    return _FirstDerivative.apply(anchor, *gradients)  # type: ignore[no-any-return]
 
 
 class _FirstDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(t if t is None else t.view_as(t) for t in gradients)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:

@@ -176,6 +176,7 @@ def explain(
 
     Arguments as :func:`edit`; ``inplace`` and ``backend`` are accepted and make no difference.
     """
+    seed = 0 if seed is None else seed  # asking draws nothing
     problem = _normalise(h, R, W, b, c, positions, group, scale, subtract, activation, dropout, seed)
     return {name: refusal(candidate, problem) or "ok" for name, candidate in BACKENDS.items()}
 
@@ -202,8 +203,8 @@ def _normalise(
     """Checks every operand and brings it into the layout of an EditProblem."""
     _check_tensor("h", h, _FLOATS)
     _check_tensor("R", R, _FLOATS)
-    if h.dim() == 0:
-        raise ValueError("h: expected at least one dimension, [..., d], got a scalar")
+    if h.dim() == 0 or h.shape[-1] == 0:
+        raise ValueError(f"h: expected [..., d] with d >= 1, got {_shape(h)}")
     d = h.shape[-1]
     dims = 2 if group is None else 3
     layout = "[r, d]" if group is None else "[G, r, d] (a group is given)"
@@ -280,8 +281,11 @@ def _check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> Non
 
 def _check_writable(h: Tensor, rows: Tensor) -> None:
     """In place, h must be writable row by row without a copy."""
-    if h.requires_grad and h.is_leaf and torch.is_grad_enabled():
-        raise ValueError("inplace: h is a leaf that requires a gradient and cannot be written; use inplace=False")
+    if torch.is_grad_enabled():
+        source = h._base if h._is_view() and h._base is not None else h
+        if source.requires_grad and source.is_leaf:
+            kind = "a leaf" if source is h else "a view of a leaf"
+            raise ValueError(f"inplace: h is {kind} that requires a gradient and cannot be written; use inplace=False")
     if rows.data_ptr() != h.data_ptr() or any(s == 0 and n > 1 for n, s in zip(h.shape, h.stride(), strict=True)):
         raise ValueError(
             f"inplace: h of shape {_shape(h)} and strides {list(h.stride())} cannot be written row by row; "

@@ -148,7 +148,6 @@ class _OrthonormalRowsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, X: Tensor, module: OrthonormalRows) -> Tensor:
-        ctx.parameter = X
         with torch.enable_grad():
             ctx.X = X.detach().requires_grad_()
             ctx.R = module._compute(ctx.X)
@@ -158,7 +157,7 @@ class _OrthonormalRowsFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         with torch.autocast(grad.device.type, enabled=False):
             gradients = torch.autograd.grad(ctx.R, ctx.X, grad.detach(), retain_graph=True)
-        return first_derivative_only(gradients, (grad, ctx.parameter))[0], None
+        return first_derivative_only(gradients)[0], None
 
 
 def _identity(like: Tensor) -> Tensor:

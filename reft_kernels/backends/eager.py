@@ -127,6 +127,8 @@ def edit_backward(
             dW = _outer(gs, x, group, groups)
         if needs.R:
             scaled = delta if p.scale is None else delta * p.scale.reshape(-1, 1).to(dtype)
+            if edited is not None:
+                scaled = scaled.where(edited[:, None], 0)
             dR = _outer(scaled, g, group, groups)
             if p.subtract:
                 shared = dW is not None and p.activation == "linear"
@@ -170,7 +172,7 @@ def _gather(h: Tensor, positions: Tensor | None) -> Tensor:
 def _write(h: Tensor, positions: Tensor | None, rows: Tensor, edited: Tensor | None, inplace: bool) -> Tensor:
     """h with its slots' rows replaced by ``rows`` [N, d], where edited."""
     if positions is None:
-        return h.copy_(rows.view(h.shape)) if inplace else rows.view(h.shape)
+        return h.copy_(rows.view(h.shape)) if inplace else rows.contiguous().view(h.shape)
     y = h if inplace else h.clone(memory_format=torch.contiguous_format)
     if rows.numel() == 0 or h.shape[1] == 0:
         return y

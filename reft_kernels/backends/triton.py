@@ -106,6 +106,8 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
             ACCUMULATOR=kernels.accumulators[p.accumulator],
             enable_fp_fusion=True,
         )  # fmt: skip
+    if inplace and not h.is_inference():
+        torch.autograd.graph.increment_version(h)  # a kernel's stores do not
     return y, delta, s, before
 
 
@@ -129,13 +131,13 @@ def edit_backward(
     db = make(p.b, memory_format=torch.contiguous_format) if needs.b and p.b is not None else None
     dc = make(p.c, memory_format=torch.contiguous_format) if needs.c and p.c is not None else None
     gradients = (grad if needs.h else None, dR, dW, db, dc)
-    if rows == 0 or d == 0:
+    if rows == 0:
         return gradients
     gd = delta.new_empty(rows, r)
     gs = gd if linear else torch.empty_like(gd)
     R, W, _, _ = _weights(p)
     kernels = _kernels()
-    config = backward_config(r, d)
+    config = backward_config(r, d, linear)
     slabs = -(-d // config["SLAB_D"]) * p.R.shape[0]
     phases = (1, 2) if interpreted() else (0,)
     with _on_device(grad):
@@ -171,11 +173,14 @@ def forward_config(r: int, d: int) -> dict[str, int]:
     return {"r": r, "BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": 4}
 
 
-def backward_config(r: int, d: int) -> dict[str, int]:
-    """Tile sizes and warps of the backward kernel; ``tl.dot`` wants at least 16 in every dimension."""
+def backward_config(r: int, d: int, linear: bool) -> dict[str, int]:
+    """Tile sizes and warps of the backward kernel; ``tl.dot`` wants at least 16 in every dimension.
+
+    A float32 dot on CUDA cores holds its operands in registers: wider slabs than these spill.
+    """
     slab_r = max(16, _power_of_two(r))
-    block_n = 32 if slab_r <= 16 else 16
-    return {**forward_config(r, d), "BLOCK_N": block_n, "SLAB_R": slab_r, "SLAB_D": 32, "num_warps": 4}
+    tile = 32 if linear and slab_r <= 16 else 16
+    return {**forward_config(r, d), "BLOCK_N": tile, "SLAB_R": slab_r, "SLAB_D": tile, "num_warps": 8}
 
 
 def _power_of_two(n: int) -> int:

@@ -1,0 +1,277 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and reports what each needs on each architecture.
+
+    python -m benchmarks.aot [--quick] [--out benchmarks/results/triton_resources.csv]
+
+The launchers themselves are run on tensors without memory, with the kernel replaced by a recorder: what is compiled
+here is what is launched. Columns: registers a thread, bytes spilled (stack), shared memory a block, and the counts of
+16-byte global loads, of fused multiply-adds and of tensor-core instructions in the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from reft_kernels.backends import triton as launcher
+from reft_kernels.problem import EditProblem, Needs
+
+# Shared memory that a block may have, in bytes, by compute capability.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# ptxas keeps a couple of values on the stack of some kernels without any loop touching them.
+SPILL_LIMIT = 16
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit to compile for: its shape, dtypes and which of the kernel's branches it takes."""
+
+    d: int = 4096
+    r: int = 8
+    h: str = "bfloat16"
+    weights: str = "float32"
+    activation: str = "linear"
+    subtract: bool = True
+    positions: bool = True
+    group: bool = False
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled kernel needs."""
+
+    kernel: str
+    arch: int
+    d: int
+    r: int
+    h: str
+    weights: str
+    activation: str
+    subtract: bool
+    positions: bool
+    group: bool
+    dropout: float
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    wide_loads: int
+    ffma: int
+    mma: int
+
+
+def cases(quick: bool) -> list[Case]:
+    """The configurations that are reported; the first few of them when ``quick``."""
+    ranks = [Case(r=r) for r in (1, 4, 8, 16, 32, 64)]
+    if quick:
+        return [
+            *ranks,
+            Case(d=768, r=4, h="float16", weights="float16", activation="gelu"),
+            Case(d=576, r=8, h="float32", positions=False, group=True, activation="tanh", dropout=0.1),
+            Case(r=64, activation="silu", group=True, dropout=0.1),
+        ]
+    dtypes = [Case(r=r, h=h, weights=w) for r in (4, 64) for h, w in
+              (("float32", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16"))]  # fmt: skip
+    branches = [
+        Case(d=d, r=r, activation=activation, subtract=subtract, positions=positions, group=group, dropout=dropout)
+        for (d, r), activation, (subtract, positions), (group, dropout) in itertools.product(
+            ((576, 8), (4096, 64)), ("gelu", "relu", "silu", "tanh"), ((True, True), (False, False)),
+            ((False, 0.0), (True, 0.1)),
+        )
+    ]  # fmt: skip
+    return [*ranks, *dtypes, *branches]
+
+
+def compile_case(case: Case, arch: int) -> list[Report]:
+    """Both kernels of one case, for one compute capability (90 means sm_90)."""
+    reports = []
+    for name, kernel, arguments in _recorded(case):
+        compiled = _compile(kernel, arguments, arch)
+        resources = _resources(compiled.asm["cubin"])
+        reports.append(
+            Report(
+                kernel=name,
+                arch=arch,
+                **asdict(case),
+                warps=compiled.metadata.num_warps,
+                shared_bytes=compiled.metadata.shared,
+                **resources,
+            )
+        )
+    return reports
+
+
+def _recorded(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Name, kernel and arguments of every launch that a forward and a backward of ``case`` make."""
+    h_dtype, w_dtype = getattr(torch, case.h), getattr(torch, case.weights)
+    batch, length, slots, groups = 32, 512, 14, 4 if case.group else 1
+    grid = (batch, slots if case.positions else length)
+    meta: dict[str, Any] = {"device": "meta"}
+    problem = EditProblem(
+        h=torch.empty(batch, length, case.d, dtype=h_dtype, **meta),
+        R=torch.empty(groups, case.r, case.d, **meta),
+        W=torch.empty(groups, case.r, case.d, dtype=w_dtype, **meta),
+        b=torch.empty(groups, case.r, dtype=w_dtype, **meta),
+        c=None,
+        positions=torch.empty(grid, dtype=torch.int64, **meta) if case.positions else None,
+        group=torch.empty(grid, dtype=torch.int64, **meta) if case.group else None,
+        scale=None,
+        seed=torch.empty(1, dtype=torch.int64, **meta) if case.dropout else None,
+        subtract=case.subtract,
+        activation=case.activation,
+        dropout=case.dropout,
+    )
+    launches: list[tuple[str, Any, dict[str, Any]]] = []
+    with _recording(launches):
+        _, delta, s, _ = launcher.edit_forward(problem, inplace=False, save_rows=False)
+        needs = Needs(True, True, True, True, False)
+        launcher.edit_backward(torch.empty_like(problem.h), problem, delta, s, needs)
+    return launches
+
+
+@contextlib.contextmanager
+def _recording(launches: list[tuple[str, Any, dict[str, Any]]]) -> Iterator[None]:
+    """Replaces the launcher's kernels by recorders, and what would ask a GPU by constants."""
+    kernels = launcher._kernels()
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*positional: Any, **named: Any) -> None:
+                arguments = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
+                launches.append((self.kernel.fn.__name__.removesuffix("_kernel"), self.kernel, arguments))
+
+            return launch
+
+    recorders = SimpleNamespace(
+        forward=Recorder(kernels.forward), backward=Recorder(kernels.backward), accumulators=kernels.accumulators
+    )
+    replaced = {
+        "_kernels": lambda: recorders,
+        "_barrier_word": lambda device: torch.empty(1, dtype=torch.int32, device=device),
+        "interpreted": lambda: False,
+    }
+    originals = {name: getattr(launcher, name) for name in replaced}
+    try:
+        for name, replacement in replaced.items():
+            setattr(launcher, name, replacement)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(launcher, name, original)
+
+
+def _compile(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
+    """Compiles as Triton's own launch would: the same types, the same specialisation on 1 and on multiples of 16."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    divisible = [["tt.divisibility", 16]]
+    options = dict(arguments)
+    for index, parameter in enumerate(kernel.params):
+        value = options.pop(parameter.name)
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(index,)] = divisible
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = divisible
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and instruction counts, by the disassemblers of Triton's own package."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
+        code = _run(tools / "nvdisasm", "-c", file.name)
+    return {
+        "registers": int(_only(r"REG:(\d+)", usage)),
+        "spill_bytes": int(_only(r"STACK:(\d+)", usage)),
+        "wide_loads": len(re.findall(r"\bLDG\.\S*128", code)),
+        "ffma": len(re.findall(r"\bFFMA", code)),
+        "mma": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)", code)),
+    }
+
+
+def _run(tool: Path, *arguments: str) -> str:
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _only(pattern: str, text: str) -> str:
+    found = re.findall(pattern, text)
+    if len(found) != 1:
+        raise ValueError(f"expected {pattern!r} once in the disassembler's output, found it {len(found)} times")
+    return str(found[0])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compiles, prints the table and writes it where --out says; 1 if a kernel spills or has too much shared memory."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="a few configurations instead of all")
+    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), help="compute capabilities")
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    options = parser.parse_args(argv)
+    reports: list[Report] = []
+    todo = [(case, arch) for case in cases(options.quick) for arch in options.arch]
+    for index, (case, arch) in enumerate(todo):
+        if sys.stderr.isatty():
+            print(f"\r{index + 1}/{len(todo)}", end="", file=sys.stderr, flush=True)
+        reports += compile_case(case, arch)
+    columns = list(Report.__dataclass_fields__)
+    rows = [[str(getattr(report, column)) for column in columns] for report in reports]
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        partial = options.out.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+        partial.replace(options.out)
+    bad = [r for r in reports if r.spill_bytes > SPILL_LIMIT or r.shared_bytes > SHARED_LIMIT[r.arch]]
+    for report in bad:
+        print(f"over its limits: {report}")
+    print(f"{len(reports)} kernels compiled with Triton {triton.__version__}; {len(bad)} over their limits")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

