@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,7 +44,11 @@ class EditFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of h, R, W, b and c, those asked for."""
-        x, R, W, b, c, positions, group, scale, seed, delta, s = ctx.saved_tensors
+        if ctx.inplace and torch.is_grad_enabled():
+            # No tensor that is left leads to h before the edit, so a second derivative could not be told of it.
+            raise NotImplementedError(f"{NO_SECOND_DERIVATIVE}; with inplace=True create_graph must be False")
+        saved = ctx.saved_tensors
+        x, R, W, b, c, positions, group, scale, seed, delta, s = saved
         if not ctx.inplace:
             x = as_rows(x, positions is not None)
         if group is None:
@@ -57,24 +62,27 @@ class EditFunction(torch.autograd.Function):
             dh = dh.view(grad.shape)
         if group is None:
             rest = [t if t is None else t.squeeze(0) for t in rest]
-        return *first_derivative_only((dh, *rest)), None, None, None
+        return *first_derivative_only((dh, *rest), (grad, *saved)), None, None, None
 
 
-def first_derivative_only(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def first_derivative_only(
+    gradients: tuple[Tensor | None, ...], inputs: Iterable[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     """Gradients as they are; under ``create_graph=True`` such that differentiating them raises.
 
-    Without it autograd would take them for constants, and a second derivative would be wrong in silence.
+    Without it autograd would take them for constants, and a second derivative would be wrong in silence. ``inputs``
+    are the tensors that the gradients depend on.
     """
     if not torch.is_grad_enabled():
         return gradients
-    anchor = torch.zeros((), requires_grad=True)
-    return _FirstDerivative.apply(anchor, *gradients)  # type: ignore[no-any-return]
+    anchors = [t for t in inputs if t is not None and t.requires_grad]
+    return _FirstDerivative.apply(len(gradients), *gradients, *anchors)  # type: ignore[no-any-return]
 
 
 class _FirstDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(t if t is None else t.view_as(t) for t in gradients)
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels.backends.registry import choose
-from reft_kernels.problem import EditProblem, Needs
+from reft_kernels.problem import EditProblem, Needs, without_autocast
 
 _OPERANDS = (
     "Tensor h, Tensor R, Tensor? W, Tensor? b, Tensor? c, Tensor? positions, Tensor? group, Tensor? scale, "
@@ -36,7 +36,7 @@ _N_OPERANDS = len(EditProblem._fields)
 
 def run_forward(problem: EditProblem, backend: str, inplace: bool, save_rows: bool) -> tuple[Tensor, ...]:
     """y, delta, s and the saved rows, by the backend asked for, whatever autocast says."""
-    with torch.autocast(problem.h.device.type, enabled=False):
+    with without_autocast(problem.h.device):
         return choose(backend, problem).edit_forward(problem, inplace, save_rows)
 
 
@@ -44,7 +44,7 @@ def run_backward(
     grad: Tensor, problem: EditProblem, delta: Tensor, s: Tensor, needs: Needs, backend: str
 ) -> tuple[Tensor | None, ...]:
     """dh, dR, dW, db, dc, by the backend asked for; None where not needed."""
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device):
         return choose(backend, problem).edit_backward(grad, problem, delta, s, needs)
 
 

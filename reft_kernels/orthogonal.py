@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from reft_kernels.autograd import first_derivative_only
+from reft_kernels.problem import without_autocast
 
 _optimizer_steps = 0
 
@@ -105,7 +106,7 @@ class OrthonormalRows(nn.Module):
         key = self._key()
         cache = self._cache
         if cache is None or cache.key != key or cache.X is not self.X:
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.X.device.type, enabled=False):
+            with torch.inference_mode(False), torch.enable_grad(), without_autocast(self.X.device):
                 R = _OrthonormalRowsFunction.apply(self.X, self) if self.X.requires_grad else self._compute(self.X)
             self._cache = cache = _Cache(key, self.X, R)
         return cache.R
@@ -148,6 +149,7 @@ class _OrthonormalRowsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, X: Tensor, module: OrthonormalRows) -> Tensor:
+        ctx.parameter = X
         with torch.enable_grad():
             ctx.X = X.detach().requires_grad_()
             ctx.R = module._compute(ctx.X)
@@ -155,9 +157,9 @@ class _OrthonormalRowsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             gradients = torch.autograd.grad(ctx.R, ctx.X, grad.detach(), retain_graph=True)
-        return first_derivative_only(gradients)[0], None
+        return first_derivative_only(gradients, (grad, ctx.parameter))[0], None
 
 
 def _identity(like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -55,3 +56,10 @@ def as_rows(h: Tensor, has_positions: bool) -> Tensor:
     if has_positions or h.dim() == 3:
         return h
     return h.unsqueeze(0) if h.dim() == 2 else h.reshape(1, -1, h.shape[-1])
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off for ``device``: the precision of an edit is its own."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
