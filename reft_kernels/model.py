@@ -1,0 +1,687 @@
+"""A base model with interventions: get_reft_model and ReftModel."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reft_kernels import checkpoint
+from reft_kernels.config import ReftConfig, Representation
+from reft_kernels.modules import (
+    Site,
+    block_list,
+    called_model,
+    find_sites,
+    hidden_size,
+    inner_model,
+    module_device,
+    text_config,
+)
+from reft_kernels.plan import (
+    CallHook,
+    GeneratedLocations,
+    GenerationPlan,
+    InputHook,
+    Locations,
+    NamedLocations,
+    OutputHook,
+    Places,
+    Plan,
+    SpanLocations,
+    Window,
+    activated,
+    cache_length,
+    is_fusable,
+)
+from reft_kernels.positions import (
+    GivenLocations,
+    Span,
+    parse_positions,
+    prompt_mask,
+    prompt_positions,
+    read_unit_locations,
+)
+
+
+def get_reft_model(
+    model: nn.Module, reft_config: ReftConfig, set_device: bool = True, disable_model_grads: bool = True
+) -> ReftModel:
+    """Put the config's interventions into a model.
+
+    Args:
+        model: a model of transformers (or any module, where the config names the modules by path). It is kept, not
+            copied, and gives the same results as before when it is called by itself.
+        reft_config: what to edit, where and with what.
+        set_device: move every intervention to the device of the module that it edits. The base model stays where
+            it is, sharded or not.
+        disable_model_grads: freeze the base model's parameters and put it into eval mode, as pyreft does. A
+            later ``train()`` or ``eval()`` reaches base and interventions alike; new interventions are in train
+            mode, as new modules are.
+
+    Raises ValueError naming a layer, component or width that the model does not have.
+    """
+    reft_model = ReftModel(model, reft_config)
+    if set_device:
+        reft_model.set_device()
+    if disable_model_grads:
+        reft_model.disable_model_gradients()
+    return reft_model
+
+
+class ReftModel(nn.Module):
+    """A base model whose hidden states are edited while it is called through this one.
+
+    Attributes:
+        model: the base model.
+        interventions: ModuleDict from a key such as ``layer_3_comp_block_output_unit_pos_nunit_1#0`` to the module.
+        config: the ReftConfig.
+        representations: one for each intervention, in the order of ``unit_locations``.
+        inplace: write edits of ``block_output`` into the block's own output (True), which saves a copy. Turn it
+            off for a block whose last operation keeps its output for its backward.
+
+    Several interventions of one module are one edit. A token that two of them name is edited by one after the
+    other, in their order (by the first alone where a device tensor names it for both).
+    """
+
+    def __init__(self, model: nn.Module, reft_config: ReftConfig) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(reft_config, ReftConfig):
+            raise TypeError(f"reft_config must be a ReftConfig, got {type(reft_config).__name__}")
+        count = len(block_list(model)[1]) if reft_config.needs_layer_count else None
+        representations = reft_config.expand(count)
+        sites = find_sites(model, representations)
+        self.model = model
+        self.config = reft_config
+        self.inplace = True
+        self.interventions = nn.ModuleDict()
+        self.representations: list[Representation] = []
+        self.keys: list[str] = []
+        for item, site in zip(representations, sites, strict=True):
+            key = _new_key(item, self.interventions)
+            intervention = item.build(_embed_dim(model, item, site))
+            _check_width(key, intervention, site)
+            self.interventions[key] = intervention
+            self.keys.append(key)
+            self.representations.append(dataclasses.replace(item, intervention=intervention, intervention_type=None))
+        self._owner = _Owner()
+        self._register(sites)
+
+    def _register(self, sites: Sequence[Site]) -> None:
+        """One hook for each edited side of a module."""
+        members: dict[tuple[int, str], list[int]] = {}
+        for index, site in enumerate(sites):
+            members.setdefault((id(site.module), site.side), []).append(index)
+        self._sites = [sites[ours[0]] for ours in members.values()]
+        modules = list(self.interventions.values())
+        self._places = Places(
+            tuple(tuple(ours) for ours in members.values()), tuple(is_fusable(module) for module in modules)
+        )
+        self._handles = []
+        for index, (site, ours) in enumerate(zip(self._sites, self._places.sites, strict=True)):
+            names = [self.keys[i] for i in ours]
+            if site.side == "output":
+                hook = OutputHook(self._owner, index, site, names)
+                self._handles.append(site.module.register_forward_hook(hook))
+            else:
+                before = InputHook(self._owner, index, site, names)
+                self._handles.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
+        call = CallHook(self._owner)
+        self._handles.append(called_model(self.model).register_forward_pre_hook(call, with_kwargs=True))
+
+    def remove_hooks(self) -> None:
+        """Take this model's hooks off the base model, which then knows nothing of it. There is no way back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # Calling
+
+    def forward(
+        self,
+        base: Mapping[str, Any] | None = None,
+        sources: Any = None,
+        unit_locations: Any = None,
+        source_representations: Any = None,
+        subspaces: Any = None,
+        labels: Tensor | None = None,
+        output_original_output: bool = False,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        *,
+        positions: str | None = None,
+        intervention_locations: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Call the base model with the edits.
+
+        Pyreft's way, ``reft_model({"input_ids": ...}, unit_locations={"sources->base": (None, L)})``, returns
+        (original output or None, edited output); with keywords only, ``reft_model(input_ids=..., labels=...)``, the
+        base model's own output, edited.
+
+        Args:
+            base: the base model's inputs.
+            sources, source_representations: must be None (these interventions have no source).
+            unit_locations: which tokens each intervention edits; counted within the tokens of this call. Forms:
+                see ``positions.read_unit_locations``.
+            subspaces: per intervention, passed on to interventions that are not of this library; built-in ones
+                ignore it, as pyreft's do.
+            labels, return_dict, use_cache: passed on where not None.
+            output_original_output: also run the base model without edits.
+            positions: instead of the config's, for this call.
+            intervention_locations: int tensor [B, num_interventions, P], as the data collator makes it.
+            input_ids, attention_mask, inputs_embeds, position_ids, token_type_ids, **model_kwargs: passed on.
+
+        Where neither ``unit_locations`` nor ``intervention_locations`` is given, the positions of the call or of the
+        config are computed on the device from the attention mask: the prompt is what is attended, for a causal
+        language model with labels up to the first that is not -100. Without positions every token is edited.
+
+        Raises TypeError or ValueError naming the argument.
+        """
+        del source_representations
+        _no_sources(sources)
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids,
+            "token_type_ids": token_type_ids,
+            "labels": labels,
+            "return_dict": return_dict,
+            "use_cache": use_cache,
+        }
+        inputs = _join(base, {**{k: v for k, v in given.items() if v is not None}, **model_kwargs})
+        original = self.model(**inputs) if output_original_output else None
+        plan = self._plan(inputs, unit_locations, intervention_locations, positions, subspaces)
+        with activated(plan):
+            edited = self.model(**inputs)
+        if base is None and not output_original_output:
+            return edited
+        return original, edited
+
+    def generate(
+        self,
+        base: Mapping[str, Any] | None = None,
+        sources: Any = None,
+        unit_locations: Any = None,
+        source_representations: Any = None,
+        intervene_on_prompt: bool = True,
+        subspaces: Any = None,
+        output_original_output: bool = False,
+        *,
+        positions: str | None = None,
+        intervention_locations: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate with the base model's own `generate`, the prompt edited.
+
+        Positions are those of the prompt, and the edit is done once: with a cache the steps after the prompt run
+        unedited; without one (``use_cache=False``) every pass edits the prompt again. Interventions without
+        positions (or with "all") edit every token, prompt and generated ones, as in training. Beams and
+        returned sequences share their prompt's positions.
+
+        Args:
+            base, unit_locations, subspaces, positions, intervention_locations: as in ``forward``.
+            intervene_on_prompt: False edits every generated token instead and none of the prompt.
+            output_original_output: also generate without edits, first.
+            **kwargs: passed on to the base model's `generate`.
+
+        Returns:
+            What `generate` returns; with ``base`` (or with ``output_original_output``) the pair (original or None,
+            edited).
+        """
+        del source_representations
+        _no_sources(sources)
+        inputs = _join(base, kwargs)
+        run: Any = self.model.generate
+        plan = self._generation_plan(
+            inputs, unit_locations, intervention_locations, positions, subspaces, intervene_on_prompt
+        )
+        original = run(**inputs) if output_original_output else None
+        with activated(plan):
+            edited = run(**inputs)
+        if not plan.calls:
+            called = type(called_model(self.model)).__name__
+            raise RuntimeError(f"{type(self.model).__name__}.generate did not call its {called}: nothing was edited")
+        if base is None and not output_original_output:
+            return edited
+        return original, edited
+
+    # Where a call edits
+
+    def _plan(
+        self,
+        inputs: Mapping[str, Any],
+        unit_locations: Any,
+        intervention_locations: Tensor | None,
+        positions: str | None,
+        subspaces: Any,
+    ) -> Plan:
+        tokens = _tokens(inputs, ("input_ids", "inputs_embeds"))
+        held = 0
+        spans = self._spans(unit_locations, intervention_locations, positions)
+        locations: Locations
+        if spans is None:
+            # Named positions count within this call's tokens.
+            locations = self._named(inputs, tokens, unit_locations, intervention_locations)
+        else:
+            mask, past = inputs.get("attention_mask"), inputs.get("past_key_values")
+            if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None:
+                held = max(mask.shape[1] - tokens.shape[1], 0)
+            elif past is not None:
+                held = int(cache_length(past))
+            labels = inputs.get("labels") if self._is_causal() else None
+            locations = self._spanned(spans, tokens, mask, held, labels)
+        plan: Plan = self._make(Plan, locations, subspaces, tokens)
+        batch, length = (0, 0) if tokens is None else tokens.shape[:2]
+        plan.look_at(Window(batch, held, length))
+        return plan
+
+    def _generation_plan(
+        self,
+        inputs: Mapping[str, Any],
+        unit_locations: Any,
+        intervention_locations: Tensor | None,
+        positions: str | None,
+        subspaces: Any,
+        intervene_on_prompt: bool,
+    ) -> GenerationPlan:
+        tokens = _tokens(inputs, ("input_ids", "inputs", "inputs_embeds"))
+        if tokens is None:
+            raise ValueError("generate needs input_ids, inputs or inputs_embeds")
+        mask = inputs.get("attention_mask")
+        spans = self._spans(unit_locations, intervention_locations, positions)
+        extent = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else tokens.shape[1]
+        locations: Locations
+        if not intervene_on_prompt:
+            if unit_locations is not None or intervention_locations is not None:
+                given = self._named(inputs, tokens, unit_locations, intervention_locations).given
+                if given.highest != 0 and given.table is not None:
+                    raise ValueError(
+                        "intervene_on_prompt=False edits each generated token when it is the only one of its step: "
+                        "unit_locations can only name position 0, or be None"
+                    )
+            locations = GeneratedLocations(extent, tokens.device)
+        elif spans is None:
+            locations = self._named(inputs, tokens, unit_locations, intervention_locations)
+            locations.extent = extent
+        else:
+            if mask is None and not tokens.is_floating_point():
+                mask = self._mask_of(tokens, inputs)
+            locations = self._spanned(spans, tokens, mask, extent - tokens.shape[1], None)
+        encoder_decoder = bool(getattr(text_config(self.model), "is_encoder_decoder", False))
+        plan: GenerationPlan = self._make(GenerationPlan, locations, subspaces, tokens, encoder_decoder=encoder_decoder)
+        if encoder_decoder:
+            plan.look_at(Window(tokens.shape[0], 0, tokens.shape[1]))
+        return plan
+
+    def _make(self, kind: type[Any], locations: Locations, subspaces: Any, tokens: Tensor | None, **kw: Any) -> Any:
+        modules = list(self.interventions.values())
+        read = _read_subspaces(subspaces, len(modules), 0 if tokens is None else tokens.shape[0])
+        return kind(self._owner, self._places, modules, locations, read, self.inplace, **kw)
+
+    def _spans(
+        self, unit_locations: Any, intervention_locations: Tensor | None, positions: str | None
+    ) -> list[Span | None] | None:
+        """(first, last) of every intervention where positions say so, else None."""
+        if unit_locations is not None and intervention_locations is not None:
+            raise ValueError("give unit_locations or intervention_locations, not both")
+        own = [item.span for item in self.representations]
+        if unit_locations is not None or intervention_locations is not None:
+            if positions is not None:
+                raise ValueError("give positions or unit_locations (intervention_locations), not both")
+            return None
+        if positions is None:
+            return own if any(own) else None
+        span = parse_positions(positions)
+        if span is None:
+            return None
+        if self.config.tied or not all(own) or 0 in span:
+            return [span] * len(own)
+        # Untied: each end keeps its own interventions.
+        ends = [(span[0] if item and item[0] else 0, span[1] if item and item[1] else 0) for item in own]
+        return list(ends)
+
+    def _named(
+        self,
+        inputs: Mapping[str, Any],
+        tokens: Tensor | None,
+        unit_locations: Any,
+        intervention_locations: Tensor | None,
+    ) -> NamedLocations:
+        count = len(self.representations)
+        if unit_locations is None and intervention_locations is None:
+            return NamedLocations(GivenLocations(None, frozenset(range(count)), None, None), 0)
+        if tokens is None:
+            raise ValueError(f"unit_locations need input_ids or inputs_embeds, got {sorted(inputs)}")
+        batch, length = tokens.shape[:2]
+        if intervention_locations is None:
+            given = read_unit_locations(unit_locations, count, batch, tokens.device)
+        else:
+            shape = getattr(intervention_locations, "shape", None)
+            if shape is None or len(shape) != 3 or tuple(shape[:2]) != (batch, count):
+                raise ValueError(
+                    f"intervention_locations must be a tensor [B, num_interventions, P] = [{batch}, {count}, P], got "
+                    f"{type(intervention_locations).__name__ if shape is None else list(shape)}"
+                )
+            given = read_unit_locations(intervention_locations.transpose(0, 1), count, batch, tokens.device)
+        if given.highest is not None and given.highest >= length:
+            raise ValueError(f"unit_locations name position {given.highest}, but the input has {length} tokens")
+        return NamedLocations(given, length)
+
+    def _spanned(
+        self, spans: list[Span | None], tokens: Tensor | None, mask: Any, held: int, labels: Any
+    ) -> SpanLocations:
+        if tokens is None:
+            raise ValueError("positions need input_ids or inputs_embeds; pass unit_locations for other inputs")
+        batch, length = tokens.shape[:2]
+        if mask is None:
+            mask = torch.ones(batch, held + length, dtype=torch.bool, device=tokens.device)
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != batch:
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"positions need an attention_mask [B, S] with B = {batch}, got {shape}; pass unit_locations instead"
+            )
+        if not isinstance(labels, Tensor) or labels.shape != tokens.shape[:2]:
+            labels = None
+        first = max(span[0] for span in spans if span)
+        last = max(span[1] for span in spans if span)
+        table = prompt_positions(prompt_mask(mask, labels), first, last)
+        return SpanLocations(spans, table, first, mask.shape[1])
+
+    def _mask_of(self, ids: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+        """What `generate` attends where it is given no mask: every token but padding that is no end token."""
+        configs = [
+            inputs.get("generation_config"),
+            getattr(inner_model(self.model), "generation_config", None),
+        ]
+
+        def setting(name: str) -> Any:
+            values = [inputs.get(name), *(getattr(config, name, None) for config in configs)]
+            return next((value for value in values if value is not None), None)
+
+        pad, ends = setting("pad_token_id"), setting("eos_token_id")
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        return None if pad is None or pad in ends else ids != pad
+
+    def _is_causal(self) -> bool:
+        can_generate = getattr(inner_model(self.model), "can_generate", None)
+        return callable(can_generate) and bool(can_generate())
+
+    # Modes, devices, parameters
+
+    def disable_model_gradients(self) -> None:
+        """Freeze the base model's parameters and put it into eval mode."""
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    def enable_model_gradients(self) -> None:
+        """Unfreeze the base model's parameters and put it into train mode."""
+        self.model.requires_grad_(True)
+        self.model.train()
+
+    def set_device(self, device: torch.device | str | None = None) -> None:
+        """Move every intervention to the device of the module it edits, the base model first to ``device`` if given.
+
+        A base model that is quantised or spread over devices is never moved.
+        """
+        base: Any = self.model
+        fixed = getattr(base, "hf_device_map", None) or getattr(base, "quantization_method", None)
+        if device is not None and not fixed:
+            base.to(device)
+        modules = list(self.interventions.values())
+        for site, members in zip(self._sites, self._places.sites, strict=True):
+            for index in members:
+                modules[index].to(module_device(self.model, site.module))
+
+    def get_device(self) -> torch.device:
+        """Device of the base model's first parameter."""
+        return self.device
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the base model's first parameter."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the base model's first floating-point parameter."""
+        floats = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return next(floats, torch.float32)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base model takes num_items_in_batch, as transformers' Trainer asks its models."""
+        base: Any = inner_model(self.model)
+        declared = getattr(base, "accepts_loss_kwargs", None)
+        if declared is not None:
+            return bool(declared)
+        kinds = [parameter.kind for parameter in inspect.signature(base.forward).parameters.values()]
+        return inspect.Parameter.VAR_KEYWORD in kinds
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The base model's own (transformers 5)."""
+        base: Any = self.model
+        base.activation_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The base model's own."""
+        base: Any = self.model
+        base.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The base model's own."""
+        base: Any = self.model
+        base.gradient_checkpointing_disable()
+
+    def count_parameters(self, include_model: bool = False) -> int:
+        """Number of trainable parameters of the interventions, and of the base model where asked for."""
+        parts: list[nn.Module] = [self.interventions, *([self.model] if include_model else [])]
+        return sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, of the interventions and of the base model (pyreft's words)."""
+        ours = self.count_parameters()
+        base = self.count_parameters(include_model=True) - ours
+        total = sum(p.numel() for p in self.model.parameters())
+        print(
+            f"trainable intervention params: {ours:,d} || trainable model params: {base:,d}\n"
+            f"model params: {total:,d} || trainable%: {100 * (ours + base) / max(total, 1)}"
+        )
+
+    # On disk
+
+    def save(self, save_directory: str | os.PathLike[str], include_model: bool = False) -> None:
+        """Write the adapter to a folder, whole or not at all; an adapter that is there is replaced.
+
+        Args:
+            save_directory: a new or empty folder, or an adapter's.
+            include_model: also save the base model's trainable parameters (a classifier head, LoRA).
+
+        Raises FileExistsError where the folder holds anything else.
+        """
+        entries: list[dict[str, Any]] = []
+        modules: dict[str, nn.Module] = {}
+        first: dict[int, str] = {}
+        for key, item in zip(self.keys, self.representations, strict=True):
+            module = self.interventions[key]
+            entry = checkpoint.describe_representation(key, item, module)
+            if id(module) in first:
+                entry["same_as"] = first[id(module)]
+            else:
+                first[id(module)], modules[key] = key, module
+            entries.append(entry)
+        base_tensors = None
+        if include_model:
+            base_tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        description = {
+            "base_model": self._describe_base(),
+            "config": self.config.to_dict(),
+            "representations": entries,
+        }
+        checkpoint.save_adapter(save_directory, description, modules, base_tensors)
+
+    def _describe_base(self) -> dict[str, Any]:
+        config = text_config(self.model)
+        return {
+            "name_or_path": getattr(config, "_name_or_path", None) or None,
+            "class": type(inner_model(self.model)).__name__,
+            "model_type": getattr(config, "model_type", None),
+            "hidden_size": hidden_size(self.model),
+            "num_hidden_layers": getattr(config, "num_hidden_layers", None),
+        }
+
+    @classmethod
+    def load(
+        cls,
+        load_directory: str | os.PathLike[str],
+        model: nn.Module,
+        include_model: bool = False,
+        classes: Mapping[str, type[nn.Module]] | None = None,
+    ) -> ReftModel:
+        """A ReftModel in eval mode with the adapter of a folder; the base model is frozen, as by get_reft_model.
+
+        Args:
+            load_directory: a folder that ``save`` wrote.
+            model: the base model.
+            include_model: also put the saved parameters of the base model into it.
+            classes: own intervention classes of the adapter, by name. No code is taken from the folder.
+
+        Raises FileNotFoundError or ValueError naming file and key.
+        """
+        document = checkpoint.read_description(load_directory)
+        saved, size = document["base_model"], hidden_size(model)
+        if None not in (size, saved.get("hidden_size")) and saved["hidden_size"] != size:
+            raise ValueError(
+                f"the adapter in {load_directory} was made for a base model of hidden size {saved['hidden_size']} "
+                f"({saved.get('name_or_path') or saved.get('class')}), {type(model).__name__} has {size}"
+            )
+        kind = getattr(text_config(model), "model_type", None)
+        if None not in (kind, saved.get("model_type")) and saved["model_type"] != kind:
+            warnings.warn(
+                f"the adapter in {load_directory} was made for a {saved['model_type']} model, this one is a {kind}",
+                stacklevel=2,
+            )
+        modules = checkpoint.build_interventions(load_directory, document, classes)
+        representations = [
+            Representation(
+                layer=entry["layer"],
+                component=entry["component"],
+                low_rank_dimension=entry["low_rank_dimension"],
+                intervention=module,
+                positions=entry["positions"],
+            )
+            for entry, module in zip(document["representations"], modules, strict=True)
+        ]
+        reft_model = get_reft_model(model, ReftConfig.restore(document["config"], representations))
+        if include_model:
+            checkpoint.load_base_tensors(load_directory, model)
+        return reft_model.eval()
+
+    def load_adapter(self, load_directory: str | os.PathLike[str]) -> None:
+        """Put the weights of a saved adapter into these interventions, which must be the same ones.
+
+        Raises FileNotFoundError or ValueError naming file and key.
+        """
+        document = checkpoint.read_description(load_directory)
+        keys = [entry["key"] for entry in document["representations"]]
+        if keys != self.keys:
+            odd = sorted(set(keys) ^ set(self.keys)) or keys
+            raise ValueError(
+                f"the adapter in {load_directory} is another one: {odd[0]} is not in both, or not in order"
+            )
+        own = {type(module).__name__: type(module) for module in self.interventions.values()}
+        modules = checkpoint.build_interventions(load_directory, document, own)
+        for key, loaded in zip(keys, modules, strict=True):
+            mine = self.interventions[key]
+            if type(mine).__name__ != type(loaded).__name__:
+                raise ValueError(
+                    f"the adapter in {load_directory} has a {type(loaded).__name__} at {key}, this model a "
+                    f"{type(mine).__name__}"
+                )
+            mine.load_state_dict(loaded.state_dict())
+
+
+class _Owner:
+    """Tells the hooks of one ReftModel from those of another."""
+
+
+def _new_key(item: Representation, taken: nn.ModuleDict) -> str:
+    """pyvene's name of a representation (since 0.1.7)."""
+    component = item.component.replace(".", "_")
+    place = f"comp_{component}" if item.is_path else f"layer_{item.layer}_comp_{component}"
+    count = sum(key.rpartition("#")[0] == f"{place}_unit_pos_nunit_1" for key in taken)
+    return f"{place}_unit_pos_nunit_1#{count}"
+
+
+def _embed_dim(model: nn.Module, item: Representation, site: Site) -> int:
+    """Length of the rows that an intervention still to be made will edit."""
+    if item.intervention is not None:
+        return 0
+    width = site.width if site.width is not None else hidden_size(model)
+    if width is None:
+        raise ValueError(
+            f"{item.place}: cannot tell how wide it is, {type(model).__name__} has no config.hidden_size; give "
+            "intervention instead of intervention_type"
+        )
+    return width
+
+
+def _check_width(key: str, intervention: nn.Module, site: Site) -> None:
+    width = getattr(intervention, "embed_dim", None)
+    if isinstance(width, int) and site.width is not None and width != site.width:
+        raise ValueError(
+            f"{key}: the {site.side} of {site.path} has {site.width} values a row, the intervention's embed_dim is "
+            f"{width}"
+        )
+
+
+def _no_sources(sources: Any) -> None:
+    if sources is not None:
+        raise ValueError("sources must be None: these interventions have no source")
+
+
+def _join(base: Mapping[str, Any] | None, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    if base is None:
+        return dict(keywords)
+    if not isinstance(base, Mapping):
+        raise TypeError(
+            f"base must be a dict of the model's inputs, such as {{'input_ids': ...}}, got {type(base).__name__}"
+        )
+    double = sorted(set(base) & set(keywords))
+    if double:
+        raise ValueError(f"{double[0]} is given twice, in base and as a keyword")
+    return {**base, **keywords}
+
+
+def _tokens(inputs: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:
+    """The tensor [B, S] or [B, S, d] that says how many tokens come in."""
+    return next((inputs[name] for name in names if isinstance(inputs.get(name), Tensor)), None)
+
+
+def _read_subspaces(subspaces: Any, count: int, batch: int) -> Sequence[Any] | None:
+    """pyreft's forms, an int, a flat list of ints or [num_interventions][B][k], as one item an intervention."""
+    if subspaces is None:
+        return None
+    if isinstance(subspaces, int):
+        subspaces = [subspaces]
+    if isinstance(subspaces, (list, tuple)) and subspaces and all(isinstance(s, int) for s in subspaces):
+        return [[list(subspaces)] * batch] * count
+    if len(subspaces) != count:
+        raise ValueError(
+            f"subspaces must be [num_interventions][B][k] with {count} interventions, got {len(subspaces)}"
+        )
+    return list(subspaces)

@@ -1,0 +1,270 @@
+"""Which tokens are edited: from "f7+l7" or from lists to index tensors on the device, with no host synchronisation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]
+"""(first, last): so many tokens at the start of the prompt, so many at its end."""
+
+_POSITIONS = re.compile(r"(?:f(?P<first>\d+))?(?P<plus>\+)?(?:l(?P<last>\d+))?")
+
+
+def parse_positions(positions: str) -> Span | None:
+    """Read "f7+l7" as (7, 7), "f3" as (3, 0), "l1" as (0, 1) and "all" as None (every token).
+
+    Raises TypeError where ``positions`` is no string and ValueError where it names no token. Source: pyreft's
+    ``parse_positions``, which does not know "all".
+    """
+    if not isinstance(positions, str):
+        raise TypeError(f"positions must be a string such as 'f7+l7', got {type(positions).__name__}")
+    text = positions.strip()
+    if text == "all":
+        return None
+    match = _POSITIONS.fullmatch(text)
+    if match is not None:
+        first, last = match["first"], match["last"]
+        joined = match["plus"] is not None
+        if joined == (first is not None and last is not None):
+            span = int(first or 0), int(last or 0)
+            if span != (0, 0):
+                return span
+    raise ValueError(f"positions must be 'fN', 'lN', 'fN+lM' or 'all' with N + M of at least 1, got {positions!r}")
+
+
+def prompt_mask(attention_mask: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Which of the attended tokens are prompt: those up to the first label that is not -100.
+
+    Args:
+        attention_mask: [B, S], nonzero where a token is attended.
+        labels: [B, T] with T <= S, of the last T tokens; None where everything attended is prompt.
+
+    Returns:
+        bool [B, S]. A row whose first attended token is labelled has no prompt of its own (plain language
+        modelling): all of its attended tokens count.
+    """
+    attended = attention_mask.to(torch.bool)
+    if labels is None:
+        return attended
+    answered = (labels != -100).cumsum(1) > 0
+    if labels.shape[1] < attended.shape[1]:
+        answered = torch.nn.functional.pad(answered, (attended.shape[1] - labels.shape[1], 0))
+    prompt = attended & ~answered
+    return torch.where(prompt.any(1, keepdim=True), prompt, attended)
+
+
+def prompt_positions(prompt_mask: Tensor, first: int, last: int) -> Tensor:
+    """Column indices of the first and the last tokens of each prompt, for left, right and any other padding.
+
+    With n tokens in a row's prompt, the first min(first, n // 2) and the last min(last, n // 2) are named
+    (pyreft's rule: the two ends never overlap).
+
+    Args:
+        prompt_mask: [B, S], nonzero on the tokens of the prompt.
+        first: how many tokens at the start, at least 0.
+        last: how many tokens at the end, at least 0.
+
+    Returns:
+        int64 [B, first + last] on the mask's device. Slot j < first holds the j-th prompt token, slot
+        first + last - k the k-th from the end, and -1 stands where the prompt is too short.
+    """
+    if prompt_mask.dim() != 2:
+        raise ValueError(f"prompt_mask must be [B, S], got shape {list(prompt_mask.shape)}")
+    if first < 0 or last < 0:
+        raise ValueError(f"first and last must be at least 0, got {first} and {last}")
+    batch, width = prompt_mask.shape
+    if width == 0:
+        return prompt_mask.new_full((batch, first + last), -1, dtype=torch.long)
+    count = prompt_mask.to(torch.bool).cumsum(1)  # [B, S], the last column is n
+    total = count[:, -1:]
+    half = total // 2
+    start = torch.arange(first, device=count.device)  # 0 .. first - 1 from the front
+    back = torch.arange(last, 0, -1, device=count.device)  # last .. 1 from the end
+    nth = torch.cat([(start + 1).expand(batch, -1), total + 1 - back], dim=1)
+    named = torch.cat([start < half, back <= half], dim=1)
+    columns = torch.searchsorted(count, nth)
+    return torch.where(named, columns, -1)
+
+
+def shift_positions(positions: Tensor, offset: int, length: int) -> Tensor:
+    """Positions of a whole sequence as seen from its part [offset, offset + length); outside of it -1."""
+    moved = positions - offset
+    return torch.where((moved >= 0) & (moved < length), moved, -1)
+
+
+def drop_duplicates(positions: Tensor) -> Tensor:
+    """Keep the first of equal positions along the last dimension and make the others -1."""
+    if positions.shape[-1] < 2:
+        return positions
+    equal = positions.unsqueeze(-1) == positions.unsqueeze(-2)  # [..., P, P]
+    return positions.masked_fill(equal.tril(-1).any(-1), -1)
+
+
+def get_intervention_locations(
+    last_position: int,
+    *,
+    positions: str | None = None,
+    first_n: int | None = None,
+    last_n: int | None = None,
+    num_interventions: int,
+    share_weights: bool = False,
+) -> list[list[int]]:
+    """Positions of every intervention for one prompt, in pyreft's layout.
+
+    Args:
+        last_position: number of tokens of the prompt.
+        positions: "f7+l7" and the like; or give first_n and last_n.
+        first_n: how many tokens at the start of the prompt.
+        last_n: how many tokens at its end.
+        num_interventions: length of the outer list.
+        share_weights: True where prefix and suffix have one intervention (tied).
+
+    Returns:
+        ``[num_interventions][P]``. Tied or one-sided: every intervention gets prefix and suffix, P = first_n +
+        last_n. Untied: the first half of the interventions gets the prefix, the second half the suffix, P =
+        max(first_n, last_n). -1 means "no token" (pyreft's ``pad_mode="first"``).
+    """
+    if positions is not None:
+        span = parse_positions(positions)
+        if span is None:
+            raise ValueError("positions 'all' has no locations: pass unit_locations=None instead")
+        first, last = span
+    elif first_n is not None or last_n is not None:
+        first, last = first_n or 0, last_n or 0
+    else:
+        raise ValueError("give positions, or first_n and last_n")
+    if last_position < 0 or num_interventions < 1 or first < 0 or last < 0:
+        raise ValueError(
+            "last_position, first_n and last_n must be at least 0 and num_interventions at least 1, got "
+            f"{last_position}, {first}, {last} and {num_interventions}"
+        )
+    prefix = list(range(min(first, last_position // 2)))
+    suffix = list(range(last_position - min(last, last_position // 2), last_position))
+    if share_weights or first == 0 or last == 0:
+        both = prefix + suffix
+        row = both + [-1] * (first + last - len(both))
+        return [list(row) for _ in range(num_interventions)]
+    if num_interventions % 2:
+        raise ValueError(
+            "an untied prefix and suffix need an even number of interventions (first all prefix, then all suffix "
+            f"ones), got num_interventions={num_interventions}"
+        )
+    width = max(first, last)
+    rows = [prefix + [-1] * (width - len(prefix)), suffix + [-1] * (width - len(suffix))]
+    return [list(rows[2 * i // num_interventions]) for i in range(num_interventions)]
+
+
+class GivenLocations(NamedTuple):
+    """Positions that the caller named, for I interventions and a batch of B.
+
+    table is int64 [I, B, P] on the device, None where every intervention edits every token; ``whole`` holds the
+    interventions that edit every token (their part of the table is -1); ``host`` is the table on the CPU and
+    ``highest`` its largest position where the caller gave lists, else None (a device tensor is never read).
+    """
+
+    table: Tensor | None
+    whole: frozenset[int]
+    host: Tensor | None
+    highest: int | None
+
+
+def read_unit_locations(locations: Any, num_interventions: int, batch: int, device: torch.device) -> GivenLocations:
+    """Read pyreft's ``unit_locations`` in any of its forms.
+
+    ``{"sources->base": (None, L)}``, ``{"base": L}`` or L alone, where L is None (every token), an int, a flat list
+    of ints (both the same for all), a nested list ``[num_interventions][B][P]`` whose parts may be None and whose
+    rows may differ in length, or an int tensor [I, B, P]. -1 means "no token".
+
+    Raises TypeError or ValueError naming what was expected and what came.
+    """
+    value = _base_part(locations)
+    if isinstance(value, Tensor):
+        return _from_tensor(value, num_interventions, batch, device)
+    if value is None:
+        return GivenLocations(None, frozenset(range(num_interventions)), None, None)
+    if _is_int(value):
+        value = [value]
+    if not _is_list(value):
+        raise TypeError(
+            "unit_locations must be None, an int, a list or an int tensor, or a dict with the key 'sources->base' or "
+            f"'base' holding one of these, got {type(value).__name__}"
+        )
+    if len(value) and all(_is_int(v) for v in value):
+        value = [[list(value)] * batch] * num_interventions
+    return _from_lists(value, num_interventions, batch, device)
+
+
+def _base_part(locations: Any) -> Any:
+    if not isinstance(locations, Mapping):
+        return locations
+    if set(locations) == {"base"}:
+        return locations["base"]
+    if set(locations) != {"sources->base"}:
+        raise ValueError(
+            f"unit_locations must have one key, 'sources->base' or 'base', got {sorted(map(str, locations))}"
+        )
+    pair = locations["sources->base"]
+    if isinstance(pair, tuple) or (isinstance(pair, list) and len(pair) == 2 and pair[0] is None):
+        if len(pair) != 2:
+            raise ValueError(f"unit_locations['sources->base'] must be a pair (None, locations), got {len(pair)} items")
+        return pair[1]
+    return pair
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _from_tensor(table: Tensor, interventions: int, batch: int, device: torch.device) -> GivenLocations:
+    if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
+        raise TypeError(f"unit_locations must be an int tensor, got {table.dtype}")
+    if table.dim() == 1:
+        table = table.expand(interventions, batch, -1)
+    if table.dim() != 3 or tuple(table.shape[:2]) != (interventions, batch):
+        raise ValueError(
+            f"unit_locations must be [num_interventions, B, P] = [{interventions}, {batch}, P], got {list(table.shape)}"
+        )
+    return GivenLocations(table.to(device, torch.long, non_blocking=True), frozenset(), None, None)
+
+
+def _from_lists(value: Sequence[Any], interventions: int, batch: int, device: torch.device) -> GivenLocations:
+    nesting = "unit_locations must be nested [num_interventions][B][P]"
+    if len(value) != interventions:
+        raise ValueError(f"{nesting}: expected {interventions} interventions, got {len(value)}")
+    rows: list[list[list[int]]] = []
+    whole = set()
+    for i, part in enumerate(value):
+        if part is None:
+            whole.add(i)
+            rows.append([[]] * batch)
+            continue
+        if not _is_list(part):
+            raise ValueError(f"{nesting}: item [{i}] must be a list of {batch} rows, got {part!r:.60}")
+        if len(part) != batch:
+            raise ValueError(f"{nesting}: expected {batch} rows in [{i}], got {len(part)}")
+        for j, row in enumerate(part):
+            if not _is_list(row) or not all(_is_int(p) for p in row):
+                raise ValueError(f"{nesting}: item [{i}][{j}] must be a list of ints, got {row!r:.60}")
+            if any(p < -1 for p in row):
+                raise ValueError(
+                    f"unit_locations[{i}][{j}] has the position {min(row)}: positions are at least 0, -1 means "
+                    "'no token'"
+                )
+        rows.append([list(row) for row in part])
+    if len(whole) == interventions:
+        return GivenLocations(None, frozenset(whole), None, None)
+    width = max((len(row) for part in rows for row in part), default=0)
+    host = torch.tensor([[row + [-1] * (width - len(row)) for row in part] for part in rows], dtype=torch.long)
+    host = drop_duplicates(host.reshape(interventions, batch, width))
+    highest = int(host.max()) if host.numel() else -1
+    sent = host.pin_memory() if device.type == "cuda" else host
+    return GivenLocations(sent.to(device, non_blocking=True), frozenset(whole), host, highest)
