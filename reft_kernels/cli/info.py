@@ -1,0 +1,53 @@
+"""Say what is installed, which devices there are, and which backends work here, or why not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+HELP = "versions, devices and backends here"
+USAGE = "[--json]"
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "datasets")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def collect() -> dict[str, Any]:
+    """Versions (None where a package is missing), devices, and a reason or "ok" for every backend."""
+    import torch
+
+    import reft_kernels
+    from reft_kernels.functional import available_backends
+
+    versions: dict[str, str | None] = {
+        "reft_kernels": reft_kernels.__version__,
+        "python": platform.python_version(),
+    }
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    devices = [f"cpu, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        devices.append(f"cuda:{index}, {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    return {"versions": versions, "devices": devices, "backends": available_backends()}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    found = collect()
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return
+    for name, version in found["versions"].items():
+        print(f"{name:14}{version or 'not installed'}")
+    for device in found["devices"]:
+        print(f"{'device':14}{device}")
+    for name, reason in found["backends"].items():
+        print(f"{'backend':14}{name}: {reason}")

@@ -1,0 +1,97 @@
+"""The output folder of a training run: what may be written there, what an earlier run left, and the log."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from reft_kernels.checkpoint import ADAPTER_FILE, BASE_FILE, CONFIG_FILE
+from reft_kernels.cli.common import UserError, user_errors
+
+LOG_FILE = "train_log.json"
+
+
+def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises UserError where `folder` holds something that the user has not asked to go on with or replace."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: exists and is no folder")
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if resume and not held:
+        raise UserError(f"--resume: no run to resume in {folder}")
+    if held and overwrite and not _run_files(folder):
+        raise UserError(f"--output {folder}: the folder holds no run to replace, but other files")
+    if held and not resume and not overwrite:
+        some = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
+        raise UserError(
+            f"--output {folder}: the folder is in use (it holds {some}); "
+            "name another one, or give --resume to go on with its run or --overwrite to replace it"
+        )
+
+
+def _run_files(folder: Path) -> list[Path]:
+    names = {LOG_FILE, CONFIG_FILE, ADAPTER_FILE, BASE_FILE}
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.name in names or path.name.startswith("checkpoint-")]
+
+
+def remove_run(folder: Path) -> None:
+    """Removes what an earlier run wrote to `folder`, and nothing else."""
+    for path in _run_files(folder):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Size of the adapter's files on disk."""
+    return sum((folder / name).stat().st_size for name in (CONFIG_FILE, ADAPTER_FILE))
+
+
+def write_log(folder: Path, log: dict[str, Any]) -> None:
+    with user_errors(f"--output {folder}"):
+        write_atomically(folder / LOG_FILE, json.dumps(log, indent=1) + "\n")
+
+
+def find_adapter(name: str | None) -> Path | None:
+    """The adapter folder that the option `--adapter` names, or None for the frozen base model."""
+    if name is None or name == "none":
+        return None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--adapter {name}: no such folder")
+    if not (folder / CONFIG_FILE).is_file():
+        checkpoints = sorted(path.name for path in folder.glob("checkpoint-*") if (path / CONFIG_FILE).is_file())
+        hint = f"; it holds {', '.join(checkpoints)}, name one of them" if checkpoints else ""
+        raise UserError(f"--adapter {name}: the folder holds no {CONFIG_FILE}, so it is no adapter{hint}")
+    return folder
+
+
+def training_settings(adapter: Path | None) -> dict[str, Any]:
+    """The settings that `train` logged beside the adapter, or beside the checkpoint's folder; {} without a log."""
+    for folder in () if adapter is None else (adapter, adapter.resolve().parent):
+        path = folder / LOG_FILE
+        if path.is_file():
+            with user_errors(str(path)):
+                settings = json.loads(path.read_text(encoding="utf-8")).get("settings")
+            return settings if isinstance(settings, dict) else {}
+    return {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a temporary file, then renames it: `path` holds the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
