@@ -1,0 +1,163 @@
+"""Which backend takes an edit, and what is said about the others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from reft_kernels import available_backends, edit, explain
+from reft_kernels.backends import eager, registry, triton
+from reft_kernels.functional import _normalise
+from reft_kernels.problem import Needs
+from reft_kernels.testing import EditCase, poison_empty, random_edit
+
+
+def problem(**changes):
+    h, R = changes.pop("h", torch.randn(2, 8)), changes.pop("R", torch.randn(2, 8))
+    return _normalise(h, R, None, None, None, None, None, None, True, "linear", 0.0, None)
+
+
+def test_available_backends_under_the_interpreter() -> None:
+    assert available_backends() == {"triton": "ok", "eager": "ok"}
+
+
+def test_every_backend_has_the_whole_protocol() -> None:
+    for name, backend in registry.BACKENDS.items():
+        assert backend.name == name
+        for call in ("unavailable", "unsupported", "edit_forward", "edit_backward"):
+            assert callable(getattr(backend, call))
+    assert registry.NAMES == ("auto", "triton", "eager")
+
+
+def test_auto_leaves_the_interpreter_aside() -> None:
+    assert registry.choose("auto", problem()) is eager
+    assert registry.choose("triton", problem()) is triton
+    assert registry.choose("eager", problem()) is eager
+
+
+def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    on_gpu = problem()._replace(h=OnGpu())
+    monkeypatch.setattr(triton, "unsupported", lambda p: None)
+    assert registry.choose("auto", on_gpu) is triton
+    monkeypatch.setattr(triton, "unsupported", lambda p: "too large")
+    assert registry.choose("auto", on_gpu) is eager
+
+
+def test_one_asked_for_by_name_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "unavailable", lambda: "it is Sunday")
+    with pytest.raises(ValueError, match=r"backend='triton' cannot take this edit: it is Sunday"):
+        edit(torch.randn(2, 8), torch.randn(2, 8), backend="triton")
+    assert explain(torch.randn(2, 8), torch.randn(2, 8)) == {"triton": "it is Sunday", "eager": "ok"}
+    assert available_backends()["triton"] == "it is Sunday"
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend: expected one of auto, triton, eager, got 'cuda'"):
+        registry.choose("cuda", problem())
+
+
+def test_explain_takes_what_edit_takes() -> None:
+    o = random_edit(EditCase("noreft_with_c", "gelu", positions="some", groups=2, scale="rows", dropout=0.2))
+    said = explain(o.h, **o.keywords(), inplace=True, backend="triton")
+    assert said == {"triton": "ok", "eager": "ok"}
+    assert list(said) == ["triton", "eager"]
+    assert "r=65" in explain(torch.randn(2, 100), torch.randn(65, 100))["triton"]
+
+
+@pytest.mark.parametrize("d", [1, 60, 64, 768, 4096, 4097, 16384])
+def test_tiles_cover_what_they_must(d: int) -> None:
+    for r in (1, 2, 3, 16, 17, 64):
+        configs = [triton.forward_config(r, d), *(triton.backward_config(r, d, linear) for linear in (True, False))]
+        for config in configs:
+            for name, value in config.items():
+                if name not in ("r", "num_warps", "num_stages"):
+                    assert value & (value - 1) == 0, name
+            assert config.get("r", r) == r
+            assert config.get("BLOCK_R", r) >= r
+            assert config.get("BLOCK_D", 4) % 4 == 0
+        for config in configs[1:]:
+            assert min(config[name] for name in ("BLOCK_N", "SLAB_R", "SLAB_D")) >= 16  # for tl.dot
+            assert config["SLAB_R"] >= r
+
+
+@pytest.mark.parametrize("backend", [eager, triton], ids=lambda b: b.name)
+@pytest.mark.parametrize("activation", ["linear", "tanh"])
+@pytest.mark.parametrize("save_rows", [False, True])
+def test_what_the_calls_return(save_rows: bool, activation: str, backend) -> None:
+    """delta and s are the accumulator's, zero where nothing is edited; saved rows are those before the edit."""
+    o = random_edit(EditCase(activation=activation, dtype="mixed", positions="padded", shape=(2, 4), slots=3, r=2))
+    p = _normalise(o.h, o.R, o.W, o.b, None, o.positions, None, None, True, activation, 0.0, None)
+    for inplace in (False, True):
+        h = o.h.clone()
+        with poison_empty():
+            y, delta, s, rows = backend.edit_forward(p._replace(h=h), inplace, save_rows)
+        assert (y.data_ptr() == h.data_ptr()) == inplace
+        assert delta.dtype == s.dtype == torch.float32
+        assert delta.shape == (6, 2)
+        assert s.shape == ((0,) if activation == "linear" else (6, 2))
+        edited = (o.positions >= 0).reshape(-1)
+        assert not delta[~edited].any()
+        assert activation == "linear" or not s[~edited].any()
+        if save_rows:
+            batch, slot = (o.positions >= 0).nonzero(as_tuple=True)
+            assert torch.equal(rows[edited], o.h[batch, o.positions[batch, slot]])
+        else:
+            assert rows.numel() == 0
+        grad = torch.randn(2, 4, 60).to(o.h.dtype)
+        found = backend.edit_backward(grad, p, delta, s, Needs(False, False, False, False, False))
+        assert found == (None,) * 5
+
+
+def run(code: str, **environment: str) -> str:
+    root = str(Path(__file__).parents[1])
+    full = {**os.environ, "PYTHONPATH": root, **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_needs_neither_triton_nor_cuda() -> None:
+    code = """
+import sys
+import reft_kernels, torch
+print([m for m in ("triton", "transformers", "datasets") if m in sys.modules], torch.cuda.is_initialized())
+"""
+    assert run(code) == "[] False"
+
+
+def test_without_the_interpreter_and_without_a_gpu_triton_says_why() -> None:
+    code = """
+import torch, reft_kernels
+print(reft_kernels.available_backends()["triton"])
+h, R = torch.randn(2, 8), torch.randn(2, 8)
+reft_kernels.edit(h, R)
+try:
+    reft_kernels.edit(h, R, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    said = run(code, TRITON_INTERPRET="0").splitlines()
+    assert said[0].startswith("no GPU")
+    assert said[1].startswith("backend='triton' cannot take this edit: no GPU")
+
+
+def test_without_the_package_triton_says_so() -> None:
+    code = """
+import importlib.util, torch
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] == "triton" else find(name, *a)
+import reft_kernels
+print(reft_kernels.available_backends())
+reft_kernels.edit(torch.randn(2, 8), torch.randn(2, 8))
+"""
+    assert run(code) == "{'triton': 'the package triton is not installed', 'eager': 'ok'}"

@@ -1,0 +1,317 @@
+"""Autograd's rules: in-place edits, saved tensors, autocast, second derivatives, inference, checkpointing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from reft_kernels import edit, reference
+from reft_kernels.testing import (
+    EditCase,
+    assert_bitwise_equal,
+    edit_cases,
+    gradients,
+    poison_empty,
+    random_edit,
+)
+
+backends = pytest.mark.parametrize("backend", ["eager", "triton"])
+
+
+def operands(*shape: int, r: int = 3, requires_grad: bool = True) -> tuple[torch.Tensor, ...]:
+    d = shape[-1]
+    tensors = (torch.randn(shape), torch.randn(r, d), torch.randn(r, d), torch.randn(r))
+    return tuple(t.requires_grad_(requires_grad) for t in tensors)
+
+
+@backends
+@pytest.mark.parametrize(
+    "case", [c for c in edit_cases(3) if c.layout not in ("expanded", "columns")][:24], ids=str
+)
+def test_inplace_is_the_edit(case: EditCase, backend: str) -> None:
+    """The same y and gradients as out of place, from kernels the same bits."""
+    o = random_edit(case, seed=1)
+    grad = torch.randn(o.h.shape)
+    expected = gradients(lambda **t: o.edit(**t, backend=backend), o, grad)
+
+    def inplace(h: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        own = torch.empty_strided(h.shape, h.stride(), dtype=h.dtype).copy_(h) if case.layout != "slice" else h.clone()
+        address, version = own.data_ptr(), own._version
+        with poison_empty():
+            y = o.edit(h=own, **others, backend=backend, inplace=True)
+        assert y is own
+        assert y.data_ptr() == address
+        assert y._version > version
+        return y
+
+    got = gradients(inplace, o, grad)
+    if backend == "eager":  # its matrix products may take another path for other strides
+        torch.testing.assert_close(got.y, expected.y, rtol=1e-2, atol=1e-2, equal_nan=True)
+    else:
+        assert_bitwise_equal(got.y, expected.y, name="y")
+    for name, value in got.grads.items():
+        if backend == "triton":
+            assert_bitwise_equal(value, expected.grads[name], name=f"d{name}")
+        else:
+            torch.testing.assert_close(value, expected.grads[name], rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+@backends
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (2, 1, 3, 8)])
+def test_inplace_without_a_gradient(shape: tuple[int, ...], backend: str) -> None:
+    h, R, W, b = operands(*shape, requires_grad=False)
+    expected = edit(h, R, W, b, backend=backend)
+    version = h._version
+    assert edit(h, R, W, b, inplace=True, backend=backend) is h
+    assert_bitwise_equal(h, expected)
+    assert h._version > version
+
+
+@backends
+@pytest.mark.parametrize("frozen", [(), ("R", "W", "b"), ("h",)])
+def test_inplace_with_some_of_it_frozen(frozen: tuple[str, ...], backend: str) -> None:
+    o = random_edit(EditCase("loreft", "gelu", positions="padded", shape=(2, 4), slots=3, d=8, r=2), seed=2)
+    grad = torch.randn(2, 4, 8)
+    wanted = [n for n in ("h", "R", "W", "b") if n not in frozen]
+    expected = gradients(lambda **t: o.edit(**t, backend=backend), o, grad, wanted).grads
+    if "h" in frozen:
+        got = gradients(lambda h, **t: o.edit(h=h.clone(), **t, backend=backend, inplace=True), o, grad, wanted).grads
+    else:
+        got = gradients(lambda h, **t: o.edit(h=h * 1, **t, backend=backend, inplace=True), o, grad, wanted).grads
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], equal_nan=True)
+
+
+@backends
+def test_inplace_on_a_leaf_that_requires_a_gradient_is_refused(backend: str) -> None:
+    h, R, W, b = operands(2, 4, 8)
+    before = h.detach().clone()
+    with pytest.raises(ValueError, match="inplace: h is a leaf"):
+        edit(h, R, W, b, inplace=True, backend=backend)
+    with pytest.raises((ValueError, RuntimeError), match="leaf"):
+        edit(h[:, 1:], R, W, b, inplace=True, backend=backend)
+    assert_bitwise_equal(h.detach(), before, name="h, which must not be written")
+    with torch.no_grad():
+        assert edit(h, R, W, b, inplace=True, backend=backend) is h
+
+
+@backends
+def test_inplace_on_memory_that_cannot_be_written_is_refused(backend: str) -> None:
+    _, R, W, b = operands(8, requires_grad=False)
+    for h, message in (
+        (torch.randn(1, 8).expand(3, 8), r"inplace: h of shape \[3, 8\] and strides \[0, 1\]"),
+        (torch.randn(8, 3).T, "unit stride in its last dimension, got 3"),
+        (torch.randn(2, 3, 2, 8).transpose(0, 2), "cannot be written row by row"),
+    ):
+        before = h.clone()
+        with pytest.raises(ValueError, match=message):
+            edit(h, R, W, b, inplace=True, backend=backend)
+        assert_bitwise_equal(h, before)
+
+
+@backends
+def test_inplace_on_a_view_reaches_its_base_and_autograd_knows(backend: str) -> None:
+    source, R, W, b = operands(2, 4, 8)
+
+    def run(in_place: bool) -> tuple[torch.Tensor, ...]:
+        base = source * 1
+        if in_place:
+            edit(base[:, 1:3], R, W, b, inplace=True, backend=backend)
+        else:
+            base = torch.cat((base[:, :1], edit(base[:, 1:3], R, W, b, backend=backend), base[:, 3:]), 1)
+        return base, *torch.autograd.grad(base.square().sum(), (source, R, W, b))
+
+    for got, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@backends
+@pytest.mark.parametrize("grad", [True, False])
+def test_other_holders_of_h_see_the_edit_and_autograd_notices(grad: bool, backend: str) -> None:
+    """What another op saved for its backward has been overwritten: an error, never a wrong gradient."""
+    source, R, W, b = operands(2, 8)
+    h = source * 1
+    holder = h
+    other = h.square()  # saves h
+    if grad:
+        y = edit(h, R, W, b, inplace=True, backend=backend)
+    else:
+        with torch.no_grad():
+            y = edit(h, R, W, b, inplace=True, backend=backend)
+    assert holder is y
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.sum().backward()
+
+
+@backends
+@pytest.mark.parametrize("name", ["h", "R", "W", "b", "positions", "group", "scale"])
+def test_what_the_backward_needs_may_not_change_before_it(name: str, backend: str) -> None:
+    case = EditCase("loreft", "tanh", positions="padded", groups=2, scale="rows", shape=(2, 4), d=8, r=2)
+    o = random_edit(case, seed=3)
+    leaves = {n: t.clone().requires_grad_() for n, t in o.differentiable.items()}
+    slots = {n: getattr(o, n).clone() for n in ("positions", "group", "scale")}
+    y = o.edit(**leaves, **slots, backend=backend)
+    with torch.no_grad():
+        {**leaves, **slots}[name].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@backends
+def test_second_backward_needs_retain_graph(backend: str) -> None:
+    h, R, W, b = operands(3, 8)
+    y = edit(h, R, W, b, backend=backend).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+
+
+@backends
+@pytest.mark.parametrize("method", ["loreft", "lobireft", "noreft_with_c"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("wanted", ["h", "R", "b", "hRb"])
+def test_double_backward_is_an_error_never_a_number(wanted: str, inplace: bool, method: str, backend: str) -> None:
+    o = random_edit(EditCase(method, "tanh", "float64", shape=(2,), d=5, r=2), seed=4)
+    leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in o.differentiable.items()}
+    inputs = [leaves[n] for n in wanted]
+    for reduce in (torch.sum, torch.linalg.vector_norm):
+        y = o.edit(**{**leaves, "h": leaves["h"] * 1}, backend=backend, inplace=inplace)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            # An edit in place may refuse here already.
+            first = torch.autograd.grad(reduce(y), inputs, create_graph=True)
+            # Something that can be differentiated stands beside it: a gradient that counts as constant would pass.
+            total = sum(g.square().sum() for g in first) + sum(t.square().sum() for t in inputs)
+            torch.autograd.grad(total, inputs)
+
+
+@backends
+def test_create_graph_gives_the_same_first_derivative(backend: str) -> None:
+    h, R, W, b = operands(3, 8)
+    plain = torch.autograd.grad(edit(h, R, W, b, backend=backend).sum(), (h, R, W, b))
+    created = torch.autograd.grad(edit(h, R, W, b, backend=backend).sum(), (h, R, W, b), create_graph=True)
+    for one, other in zip(plain, created, strict=True):
+        assert_bitwise_equal(other.detach(), one)
+
+
+def test_the_reference_has_second_derivatives() -> None:
+    h, R, W, b = (t.detach().double().requires_grad_() for t in operands(2, 3, r=2))
+    assert torch.autograd.gradgradcheck(lambda *t: reference.edit(*t, activation="tanh"), (h, R, W, b))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_autocast_makes_no_difference(inplace: bool, dtype: torch.dtype, backend: str) -> None:
+    o = random_edit(EditCase("noreft_with_c", "gelu", positions="some", shape=(2, 4), d=40, r=3), seed=5)
+    o = o.to(dtype)
+    grad = torch.randn(o.h.shape)
+
+    def run(**t: torch.Tensor) -> torch.Tensor:
+        return o.edit(**{**t, "h": t["h"].clone()}, backend=backend, inplace=inplace)
+
+    expected = gradients(run, o, grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gradients(run, o, grad)
+        assert torch.is_autocast_enabled("cpu")
+    assert got.y.dtype == dtype
+    assert_bitwise_equal(got.y, expected.y, name="y")
+    for name, value in got.grads.items():
+        assert_bitwise_equal(value, expected.grads[name], name=f"d{name}")
+
+
+@backends
+def test_inference_mode(backend: str) -> None:
+    h, R, W, b = operands(2, 3, 8)
+    expected = edit(h.detach(), R.detach(), W.detach(), b.detach(), backend=backend)
+    with torch.inference_mode():
+        y = edit(h, R, W, b, backend=backend)
+        assert_bitwise_equal(y, expected)
+        fresh = torch.zeros_like(h).add_(h)
+        assert edit(fresh, R, W, b, inplace=True, backend=backend) is fresh
+        assert_bitwise_equal(fresh, expected)
+
+
+@backends
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_the_same_edit(reentrant: bool, backend: str) -> None:
+    h, R, W, b = operands(2, 3, 8)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return edit(x * 2, R, W, b, activation="silu", dropout=0.3, backend=backend, inplace=True).square()
+
+    results = []
+    for wrapped in (False, True):
+        torch.manual_seed(7)
+        y = checkpoint(block, h, use_reentrant=reentrant) if wrapped else block(h)
+        for tensor in (h, R, W, b):
+            tensor.grad = None
+        y.sum().backward()
+        results.append((y.detach(), *(t.grad for t in (h, R, W, b))))
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert_bitwise_equal(got, expected)
+
+
+@backends
+def test_inplace_chain_of_edits(backend: str) -> None:
+    """Layer on layer in one buffer, as the hooks of a model would."""
+    source, R, W, b = operands(2, 3, 8)
+
+    def run(in_place: bool) -> tuple[torch.Tensor, ...]:
+        x = source * 1
+        for _ in range(3):
+            x = edit(x, R, W, b, activation="tanh", scale=0.5, inplace=in_place, backend=backend)
+        return x, *torch.autograd.grad(x.square().sum(), (source, R, W, b))
+
+    for got, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@backends
+def test_gradients_through_views_of_the_weights(backend: str) -> None:
+    """R, W and b may be views or results; their gradients reach the leaves."""
+    stacked = torch.randn(2, 3, 8, requires_grad=True)
+    flat = torch.randn(6, requires_grad=True)
+    h = torch.randn(4, 8)
+    y = edit(h, stacked[1].T.contiguous().T, stacked[0] * 2, flat[::2], backend=backend)
+    got = torch.autograd.grad(y.square().sum(), (stacked, flat))
+    y = reference.edit(h, stacked[1], stacked[0] * 2, flat[::2])
+    for one, other in zip(got, torch.autograd.grad(y.square().sum(), (stacked, flat)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@backends
+def test_grad_hooks_and_retain_grad(backend: str) -> None:
+    h, R, W, b = operands(3, 8)
+    seen = []
+    x = h * 1
+    x.register_hook(lambda g: seen.append(g.clone()))
+    y = edit(x, R, W, b, backend=backend)
+    y.retain_grad()
+    y.sum().backward()
+    assert_bitwise_equal(y.grad, torch.ones_like(y))
+    assert_bitwise_equal(seen[0], h.grad)
+
+
+def test_graph_is_freed_with_the_result() -> None:
+    h, R, W, b = operands(3, 8)
+    x = h * 1
+    gone = weakref.ref(x)
+    y = edit(x, R, W, b, activation="gelu")
+    del x
+    gc.collect()
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert gone() is None
+
+
+def test_results_can_be_copied_and_detached() -> None:
+    h, R, W, b = operands(3, 8)
+    y = edit(h, R, W, b)
+    assert not copy.deepcopy(y.detach()).requires_grad
+    assert y.grad_fn is not None

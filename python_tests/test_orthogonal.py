@@ -1,0 +1,452 @@
+"""OrthonormalRows: torch's map and gradients, an exact cache, and no d x d matrix."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.checkpoint import checkpoint
+
+from reft_kernels import OrthonormalRows
+from reft_kernels.testing import assert_bitwise_equal
+
+SIZES = [(12, 4), (5, 5), (7, 1), (1, 1), (64, 8), (33, 32)]
+
+
+def moved(d: int, r: int, amount: float = 1.0, dtype: torch.dtype = torch.float32) -> OrthonormalRows:
+    """A module that training has moved away from its base."""
+    module = OrthonormalRows(d, r).to(dtype)
+    with torch.no_grad():
+        module.X.add_(amount * torch.randn(d, r).tril(-1))
+    return module
+
+
+def orthonormality(R: Tensor) -> float:
+    R = R.detach().double()
+    return float((R @ R.T - torch.eye(len(R), dtype=torch.float64)).abs().max())
+
+
+def base_of(module: OrthonormalRows) -> Tensor:
+    """The base as the d x d matrix that the module never forms: H_1 ... H_r diag(signs, 1)."""
+    base = torch.eye(module.d, dtype=torch.float64)
+    for v in module.reflectors.double().T:
+        base = base @ (torch.eye(module.d, dtype=torch.float64) - 2 * torch.outer(v, v) / (v @ v))
+    ones = torch.ones(module.d - module.r, dtype=torch.float64)
+    return base * torch.cat((module.signs.double(), ones))
+
+
+def torchs(module: OrthonormalRows, dtype: torch.dtype) -> nn.Module:
+    """torch's own parametrisation on the same X and base; its weight is R^T."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(module.d, module.r, dtype=dtype))
+            nn.init.orthogonal_(self.weight)
+
+    holder = Holder()
+    parametrizations.orthogonal(holder, orthogonal_map="householder")
+    with torch.no_grad():
+        holder.parametrizations.weight[0].base.copy_(base_of(module))
+        holder.parametrizations.weight.original.copy_(module.X)
+    return holder
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("d", "r"), [*SIZES, (300, 16)])
+def test_map_and_gradient_are_torchs(d: int, r: int, dtype: torch.dtype, tolerance: float) -> None:
+    module = moved(d, r, 0.5, dtype)
+    flipped = torch.rand(r) < 0.5
+    with torch.no_grad():
+        module.X.diagonal().mul_(torch.where(flipped, -1.0, 1.0))
+    other = torchs(module, dtype)
+    torch.testing.assert_close(module.weight, other.weight.T, rtol=tolerance, atol=tolerance)
+    grad = torch.randn(r, d, dtype=dtype)
+    (got,) = torch.autograd.grad(module.weight, module.X, grad)
+    (expected,) = torch.autograd.grad(other.weight, other.parametrizations.weight.original, grad.T)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max() + 1))
+    assert got.abs().max() > 0 or d == r == 1
+
+
+@pytest.mark.parametrize(("d", "r"), SIZES)
+def test_gradcheck(d: int, r: int) -> None:
+    if d > 20:
+        d, r = 9, 8
+    module = moved(d, r, 0.7, torch.float64)
+
+    def function(X: Tensor) -> Tensor:
+        with torch.no_grad():
+            module.X.copy_(X)
+        return _Through.apply(X, module)
+
+    assert torch.autograd.gradcheck(function, module.X.detach().clone().requires_grad_(), atol=1e-7)
+
+
+class _Through(torch.autograd.Function):
+    """R as a function of a stand-in for the module's parameter."""
+
+    @staticmethod
+    def forward(ctx, X, module):
+        ctx.R, ctx.parameter = module.weight, module.X
+        return ctx.R.detach().clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.autograd.grad(ctx.R, ctx.parameter, grad)[0], None
+
+
+@pytest.mark.parametrize(("d", "r"), [*SIZES, (4096, 64)])
+def test_rows_are_orthonormal(d: int, r: int) -> None:
+    assert orthonormality(OrthonormalRows(d, r).weight) < 2e-6
+    for amount in (0.01, 1.0, 30.0):
+        assert orthonormality(moved(d, r, amount).weight) < 4e-6
+
+
+def test_start_is_random_and_seeded() -> None:
+    starts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        starts.append(OrthonormalRows(10, 3).weight.detach())
+    assert_bitwise_equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_shapes_dtypes_and_parameters() -> None:
+    module = OrthonormalRows(10, 3)
+    assert module.weight.shape == (3, 10)
+    assert module.weight.dtype == torch.float32
+    assert module.weight.requires_grad
+    assert [(n, tuple(p.shape)) for n, p in module.named_parameters()] == [("X", (10, 3))]
+    assert set(module.state_dict()) == {"X", "reflectors", "signs"}
+    assert sum(t.numel() for t in module.state_dict().values()) == 2 * 30 + 3
+    for dtype, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        converted = copy.deepcopy(module).to(dtype)
+        assert converted.weight.dtype == expected
+        assert orthonormality(converted.weight) < 2e-6
+
+
+@pytest.mark.parametrize(("d", "r"), [(3, 4), (3, 0), (3, -1), (0, 0)])
+def test_impossible_sizes(d: int, r: int) -> None:
+    with pytest.raises(ValueError, match=rf"r: expected 1 <= r <= d={d}, got {r}"):
+        OrthonormalRows(d, r)
+
+
+@pytest.mark.parametrize(("d", "r"), SIZES)
+def test_assign_and_read(d: int, r: int) -> None:
+    module = moved(d, r)
+    R = torch.linalg.qr(torch.randn(d, r)).Q.T
+    module.assign(R)
+    torch.testing.assert_close(module.weight.detach(), R, rtol=0, atol=2e-6)
+    R = torch.eye(d)[:r]  # unit vectors, whose reflectors are degenerate
+    for chosen in (R, -R, R.flip(0), R.flip(1)):
+        module.assign(chosen)
+        torch.testing.assert_close(module.weight.detach(), chosen, rtol=0, atol=2e-6)
+
+
+def test_assign_refuses_what_is_not_orthonormal() -> None:
+    module = OrthonormalRows(6, 2)
+    before = module.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"R: expected \[2, 6\], got \[6, 2\]"):
+        module.assign(torch.eye(6)[:, :2])
+    for bad in (torch.ones(2, 6), 2 * torch.eye(6)[:2], torch.zeros(2, 6), torch.full((2, 6), float("nan"))):
+        with pytest.raises(ValueError, match="R: expected orthonormal rows"):
+            module.assign(bad)
+    assert_bitwise_equal(module.weight.detach(), before)
+
+
+# The cache.
+
+
+def test_same_object_until_X_changes() -> None:
+    module = moved(8, 3)
+    R = module.weight
+    assert module.weight is R
+    with torch.no_grad():
+        assert module.weight is R
+    with torch.inference_mode():
+        assert module.weight is R
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module.weight is R
+
+
+def changes() -> dict[str, object]:
+    def in_place(m: OrthonormalRows) -> None:
+        with torch.no_grad():
+            m.X.add_(torch.randn_like(m.X).tril(-1))
+
+    def step(kind: type, **options) -> object:
+        def function(m: OrthonormalRows) -> None:
+            optimizer = kind(m.parameters(), lr=0.1, **options)
+            m.weight[0].sum().backward()
+            optimizer.step()
+
+        return function
+
+    class DataWriter(torch.optim.Optimizer):
+        def __init__(self, parameters, lr: float) -> None:
+            super().__init__(parameters, {"lr": lr})
+
+        def step(self, closure=None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.add_(p.grad.data, alpha=-group["lr"])
+
+    def load(m: OrthonormalRows) -> None:
+        m.load_state_dict(moved(8, 3).state_dict())
+
+    def load_assign(m: OrthonormalRows) -> None:
+        m.load_state_dict(moved(8, 3).state_dict(), assign=True)
+
+    def replace_data(m: OrthonormalRows) -> None:
+        m.X.data = m.X.data + torch.randn(8, 3).tril(-1)
+
+    return {
+        "in place": in_place,
+        "SGD": step(torch.optim.SGD),
+        "AdamW": step(torch.optim.AdamW),
+        "AdamW foreach": step(torch.optim.AdamW, foreach=True),
+        "AdamW fused": step(torch.optim.AdamW, fused=True),
+        "optimiser that writes .data": step(DataWriter),
+        "load_state_dict": load,
+        "load_state_dict assign": load_assign,
+        "new .data": replace_data,
+        "assign": lambda m: m.assign(torch.linalg.qr(torch.randn(8, 3)).Q.T),
+        "reset": lambda m: m.reset_parameters(),
+        "double": lambda m: m.double(),
+        "bfloat16": lambda m: m.bfloat16(),
+        "new parameter": lambda m: setattr(m, "X", nn.Parameter(m.X.detach() + torch.randn(8, 3).tril(-1))),
+    }
+
+
+@pytest.mark.parametrize("name", list(changes()))
+def test_recomputed_when_something_changed(name: str) -> None:
+    module = moved(8, 3)
+    stale = module.weight
+    changes()[name](module)
+    fresh = module.weight
+    assert fresh is not stale
+    assert_bitwise_equal(fresh.detach(), module._compute(module.X).detach())
+    if name != "double":
+        assert not torch.equal(fresh.detach(), stale.detach())
+    assert module.weight is fresh
+    (gradient,) = torch.autograd.grad(fresh.double().pow(3).sum(), module.X)
+    assert gradient.dtype == module.X.dtype
+    assert bool(gradient.any())
+
+
+def test_frozen_and_unfrozen() -> None:
+    module = moved(8, 3)
+    module.requires_grad_(False)
+    assert not module.weight.requires_grad
+    module.requires_grad_(True)
+    assert module.weight.requires_grad
+
+
+def test_copies_are_independent() -> None:
+    module = moved(8, 3)
+    R = module.weight  # fills the cache
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert_bitwise_equal(twin.weight.detach(), R.detach())
+        with torch.no_grad():
+            twin.X.mul_(2)
+        assert not torch.equal(twin.weight, R)
+        assert module.weight is R
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    other = OrthonormalRows(8, 3)
+    other.load_state_dict(torch.load(buffer))
+    assert_bitwise_equal(other.weight.detach(), R.detach())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_is_exact_after_training(assign: bool) -> None:
+    module = moved(20, 5)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        module.weight.pow(3).sum().backward()
+        optimizer.step()
+    other = OrthonormalRows(20, 5)
+    other.load_state_dict({n: t.clone() for n, t in module.state_dict().items()}, assign=assign)
+    assert_bitwise_equal(other.weight.detach(), module.weight.detach())
+
+
+# Training through the cached R.
+
+
+def test_micro_batches_through_one_R_add_up() -> None:
+    module = moved(8, 3, dtype=torch.float64)
+    h = torch.randn(6, 8, dtype=torch.float64)
+    module.X.grad = None
+    ((h @ module.weight.T) ** 2).sum().backward()
+    whole = module.X.grad.clone()
+    module.X.grad = None
+    R = module.weight
+    for part in h.split(2):
+        assert module.weight is R
+        ((part @ module.weight.T) ** 2).sum().backward()
+    torch.testing.assert_close(module.X.grad, whole, rtol=1e-12, atol=1e-12)
+    assert bool(whole.any())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_first_read_without_gradients_then_training(mode) -> None:
+    module = moved(8, 3)
+    twin = copy.deepcopy(module)
+    with mode():
+        module.weight.sum()
+    for m in (module, twin):
+        m.weight.pow(3).sum().backward()
+    assert_bitwise_equal(module.X.grad, twin.X.grad)
+    assert bool(module.X.grad.any())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant: bool) -> None:
+    results = []
+    module = moved(8, 3)
+    h = torch.randn(4, 8, requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        return x + (x @ module.weight.T).tanh() @ module.weight
+
+    for wrapped in (False, True):
+        module.zero_grad()
+        h.grad = None
+        x = h
+        for _ in range(3):
+            x = checkpoint(block, x, use_reentrant=reentrant) if wrapped else block(x)
+        x.square().sum().backward()
+        results.append((x.detach(), h.grad, module.X.grad))
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_makes_no_difference() -> None:
+    module = moved(16, 4)
+    twin = copy.deepcopy(module)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        R = module.weight
+        R.pow(3).sum().backward()
+    twin.weight.pow(3).sum().backward()
+    assert_bitwise_equal(R.detach(), twin.weight.detach())
+    assert_bitwise_equal(module.X.grad, twin.X.grad)
+
+
+@pytest.mark.parametrize("own_first", [True, False])
+def test_second_derivative_is_an_error(own_first: bool) -> None:
+    module = moved(8, 3)
+    R = module.weight
+    (first,) = torch.autograd.grad(R.pow(3).sum() if own_first else R.sum(), module.X, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(first.square().sum() + module.X.sum(), module.X)
+
+
+def test_backward_of_an_old_R_after_a_step_is_right_or_an_error() -> None:
+    module = moved(8, 3)
+    R = module.weight
+    (expected,) = torch.autograd.grad(R.pow(3).sum(), module.X)
+    with torch.no_grad():
+        module.X.mul_(1.5)
+    try:
+        (got,) = torch.autograd.grad(R.pow(3).sum(), module.X)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(got, expected)
+
+
+def test_weight_decay_does_not_kill_R() -> None:
+    """Only the signs of X's diagonal count, so that a diagonal shrunk towards zero keeps R orthonormal."""
+    module = OrthonormalRows(10, 3)
+    before = module.weight.detach().clone()
+    with torch.no_grad():
+        module.X.mul_(1e-6)
+    assert orthonormality(module.weight) < 2e-6
+    torch.testing.assert_close(module.weight.detach(), before, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        module.X.zero_()
+    assert orthonormality(module.weight) < 2e-6
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_a_thousand_steps_stay_orthonormal_and_learn(weight_decay: float) -> None:
+    d, r = 24, 4
+    module = OrthonormalRows(d, r)
+    target = torch.linalg.qr(torch.randn(d, r)).Q.T
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=weight_decay)
+    losses = []
+    for _ in range(1000):
+        optimizer.zero_grad()
+        loss = (module.weight - target).square().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert orthonormality(module.weight) < 1e-6
+    assert losses[-1] < 0.2 * losses[0]
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_flatten(out)[0]:
+            if isinstance(leaf, Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return out
+
+
+def test_no_square_matrix_is_ever_formed() -> None:
+    d, r = 256, 4
+    with Largest() as largest:
+        module = OrthonormalRows(d, r)
+        module.weight.pow(3).sum().backward()
+        torch.optim.AdamW(module.parameters()).step()
+        module.assign(torch.linalg.qr(torch.randn(d, r)).Q.T)
+        module.weight.sum().backward()
+        other = OrthonormalRows(d, r)
+        other.load_state_dict(module.state_dict())
+    assert d * r <= largest.numel <= 2 * d * r
+    with Largest() as largest:
+        torch.eye(d) @ torch.eye(d)
+    assert largest.numel == d * d
+
+
+def test_compiled_weight() -> None:
+    torch._dynamo.reset()
+    module = moved(8, 3)
+    compiled = torch.compile(lambda h: h @ module.weight.T, fullgraph=True, backend="aot_eager")
+    h = torch.randn(2, 8)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(h), h @ module.weight.T)
+        (got,) = torch.autograd.grad(compiled(h).square().sum(), module.X)
+        (expected,) = torch.autograd.grad((h @ module.weight.T).square().sum(), module.X)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            module.X.add_(torch.randn(8, 3).tril(-1))
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        module = OrthonormalRows(8, 3)
+    assert module.X.is_meta
+    module = module.to_empty(device="cpu")
+    module.load_state_dict(moved(8, 3).state_dict())
+    assert orthonormality(module.weight) < 2e-6
+
+
+def test_repr_names_the_sizes() -> None:
+    assert "d=8, r=3" in repr(OrthonormalRows(8, 3))
