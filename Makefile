@@ -11,9 +11,12 @@ PYTHON ?=
 TORCH_INDEX ?=
 # PYTEST_ARGS="-k name -x" goes to pytest, DEMO_ARGS="--seed 1" to the demo.
 PYTEST_ARGS ?=
+# Test processes, one thread each; 0 runs the tests in pytest's own process (for a debugger).
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input
 PINS := requirements-torch.txt requirements-triton.txt requirements.txt requirements-models.txt
 PYTHON_FILES := setup.py reft_kernels benchmarks python_tests
@@ -66,11 +69,11 @@ demo: $(VENV)/ready ## train an adapter on SmolLM2-135M until it recites a text,
 
 .PHONY: test
 test: $(VENV)/ready ## run every test (PYTEST_ARGS="-k name" to choose)
-	@$(BIN)/python -m pytest python_tests $(PYTEST_ARGS)
+	@$(BIN)/python $(PYTEST) python_tests $(PYTEST_ARGS)
 
 .PHONY: test-fast
 test-fast: $(VENV)/ready ## run the tests that are not marked slow
-	@$(BIN)/python -m pytest python_tests -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python $(PYTEST) python_tests -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/ready ## run the tests that need a CUDA device

@@ -244,6 +244,8 @@ def test_interrupting_gives_130(
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "log.json"
     write_atomically(path, "old")
+    assert path.read_text(encoding="utf-8") == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["log.json"]
 
     def full(descriptor: int) -> None:
         raise OSError("disk full")

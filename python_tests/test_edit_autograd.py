@@ -30,9 +30,7 @@ def operands(*shape: int, r: int = 3, requires_grad: bool = True) -> tuple[torch
 
 
 @backends
-@pytest.mark.parametrize(
-    "case", [c for c in edit_cases(3) if c.layout not in ("expanded", "columns")][:24], ids=str
-)
+@pytest.mark.parametrize("case", [c for c in edit_cases(3) if c.layout not in ("expanded", "columns")][:24], ids=str)
 def test_inplace_is_the_edit(case: EditCase, backend: str) -> None:
     """The same y and gradients as out of place, from kernels the same bits."""
     o = random_edit(case, seed=1)

@@ -212,9 +212,7 @@ def test_order_and_company_of_positions_make_no_difference(backend: str) -> None
 def test_all_positions_equal_no_positions(backend: str) -> None:
     o = random_edit(EditCase("noreft_with_c", "silu", groups=2, shape=(2, 5), dropout=0.2, d=33), seed=19)
     everything = torch.arange(5).expand(2, 5)
-    assert_bitwise_equal(
-        o.edit(backend=backend, positions=everything)[o.named], o.edit(backend=backend)[o.named]
-    )
+    assert_bitwise_equal(o.edit(backend=backend, positions=everything)[o.named], o.edit(backend=backend)[o.named])
 
 
 def giant(rows: int, d: int, gap: int) -> torch.Tensor:

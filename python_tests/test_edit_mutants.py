@@ -43,7 +43,6 @@ MUTANTS = [
     (BACKWARD, "b_gd *= tl.load(scale_ptr", "b_gd = b_gd + 0 * tl.load(scale_ptr"),
     (BACKWARD, "b_gd * activation_slope(b_s, ACTIVATION)", "b_gd"),
     (BACKWARD, "weights = i_g * r * d +", "weights = 0 * i_g +"),
-    (BACKWARD, "b_gd = tl.where(edited, b_gd, 0)", "pass"),
     (BACKWARD, "b_A -= b_R", "pass"),
     (BACKWARD, "m_n = m_n & (i_g == i_own)", "m_n = m_n & (i_g >= 0)"),
     (BACKWARD, "b_sum_gs += tl.sum(b_gs, axis=0)", "b_sum_gs = tl.sum(b_gs, axis=0)"),
@@ -92,9 +91,10 @@ MUTANTS = [
 
 def check_backend(backend: str) -> None:
     """Edits of every feature, forward and backward, against the float64 oracle. Needs the package alone."""
+    from dataclasses import replace
+
     import torch
 
-    torch.set_num_threads(1)
     from reft_kernels.testing import (
         EditCase,
         assert_bitwise_equal,
@@ -105,19 +105,20 @@ def check_backend(backend: str) -> None:
     )
 
     everything = EditCase(
-        "noreft_with_c", "gelu", positions="padded", groups=2, scale="rows", dropout=0.3,
-        shape=(2, 6), slots=4, d=70, r=3, layout="slice",
+        "noreft_with_c", "gelu", positions="padded", groups=2, scale="rows",
+        shape=(2, 4), slots=3, d=70, r=3, layout="slice",
     )  # fmt: skip
-    from dataclasses import replace
-
+    # The cheap ones first: most mutants go no further.
     cases = [
         (everything, False),
         (replace(everything, activation="linear"), False),
-        (replace(everything, activation="linear", positions="none", dropout=0.0), False),
-        (replace(everything, method="loreft", index="strided", shape=(3, 9), slots=6), True),
-        (replace(everything, shape=(1, 45), positions="none", groups=0, scale="none", d=40), True),
-        (EditCase("noreft_with_c", "linear", shape=(1, 2), d=2100, r=4, dropout=0.3), False),
-        (EditCase("noreft_with_c", "tanh", shape=(1, 2), d=2100, r=4), False),
+        (replace(everything, activation="linear", positions="none", shape=(2, 3)), False),
+        (replace(everything, method="loreft", index="strided", shape=(3, 4)), True),
+        (replace(everything, shape=(2, 3), slots=2, dropout=0.3), False),
+        (replace(everything, shape=(2,), positions="none", groups=0, d=8), False),
+        (EditCase("noreft_with_c", "linear", shape=(1,), d=2100, r=4, dropout=0.3), False),
+        (EditCase("noreft_with_c", "tanh", shape=(1,), d=2100, r=4), False),
+        (replace(everything, shape=(1, 35), positions="none", groups=0, scale="none", d=40), True),
     ]
     for number, (case, inplace) in enumerate(cases):
         o = random_edit(case, seed=number + 1)
@@ -183,7 +184,9 @@ def test_every_mutant_is_caught(tmp_path: Path, backend: str) -> None:
     for number in range(len(chosen) + 1):
         folder = tmp_path / str(number)
         shutil.copytree(
-            ROOT / "reft_kernels", folder / "reft_kernels", ignore=shutil.ignore_patterns("__pycache__", "training", "cli")
+            ROOT / "reft_kernels",
+            folder / "reft_kernels",
+            ignore=shutil.ignore_patterns("__pycache__", "training", "cli"),
         )
         if number:
             mutate(folder, *chosen[number - 1])

@@ -290,11 +290,9 @@ def test_a_cached_prefix_shifts_the_positions() -> None:
     batch = random_batch([8, 8])
     ids, mask = batch["input_ids"], batch["attention_mask"]
     wanted = reft_model(input_ids=ids).logits
-    edits: Any = [
-        (block(model, "llama", i), "output", m, [[0, 1, 5]] * 2)
-        for i, m in enumerate(reft_model.interventions.values())
-    ]
-    # The first part, as it is edited when the whole prompt is known: 0 and 1 of 0, 1, 5, 6 and 7.
+    # The whole prompt's positions are 0, 1, 5, 6 and 7; the first part holds two of them.
+    modules = list(reft_model.interventions.values())
+    edits: Any = [(block(model, "llama", i), "output", m, [[0, 1]] * 2) for i, m in enumerate(modules)]
     with edited_by_hand(edits):
         past = model(input_ids=ids[:, :5], use_cache=True).past_key_values
     rest = reft_model(input_ids=ids[:, 5:], attention_mask=mask, past_key_values=past).logits

@@ -152,7 +152,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGER_OF_SIZE[tensor.element_size()])
 
 
-class poison_empty(TorchFunctionMode):  # noqa: N801 - used as `with poison_empty():`
+class poison_empty(TorchFunctionMode):
     """While active, uninitialised memory that reft_kernels asks for starts as NaN, so that what stays unwritten shows.
 
     Covers ``torch.empty``, ``torch.empty_like``, ``torch.empty_strided`` and the methods ``new_empty`` and
@@ -305,7 +305,7 @@ class EditOperands:
 
     def keywords(self) -> dict[str, Any]:
         """Everything but h, by name."""
-        names = "R W b c positions group scale subtract activation dropout seed".split()
+        names = ["R", "W", "b", "c", "positions", "group", "scale", "subtract", "activation", "dropout", "seed"]
         return {name: getattr(self, name) for name in names}
 
     def edit(self, **changes: Any) -> Tensor:
