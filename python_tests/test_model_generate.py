@@ -11,7 +11,7 @@ from hand_edits import edited_by_hand, ends, strengthen
 from tiny_models import DECODERS, LAYERS, VOCABULARY, WIDTH, random_batch, tiny_model
 from torch import Tensor, nn
 
-import reft_kernels.plan
+import reft_kernels.hooks
 from reft_kernels.config import ReftConfig
 from reft_kernels.interventions import LoreftIntervention
 from reft_kernels.model import ReftModel, get_reft_model
@@ -59,13 +59,13 @@ def greedy_by_hand(model: Any, batch: dict[str, Tensor], edits: list[Any]) -> Te
 def edits_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each edit that is made."""
     made: list[int] = []
-    edit_rows = reft_kernels.plan.edit_rows
+    edit_rows = reft_kernels.hooks.edit_rows
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         made.append(len(args[0]))
         return edit_rows(*args, **kwargs)
 
-    monkeypatch.setattr(reft_kernels.plan, "edit_rows", counted)
+    monkeypatch.setattr(reft_kernels.hooks, "edit_rows", counted)
     return made
 
 

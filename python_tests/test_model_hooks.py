@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft_kernels.config import ReftConfig
+from reft_kernels.hooks import edit_with
 from reft_kernels.interventions import LoreftIntervention
 from reft_kernels.model import ReftModel, get_reft_model
-from reft_kernels.plan import active_plan, edit_with
+from reft_kernels.plan import active_plan
 
 TRANSFORMERS = int(transformers.__version__.split(".")[0])
 

@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -189,12 +190,12 @@ _EMPTIES = (
 
 def _calling_module() -> str:
     """The name of the innermost module outside torch and this one."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
         if name != __name__ and name.split(".")[0] not in ("torch", "contextlib"):
             return name
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 
@@ -327,7 +328,7 @@ class EditOperands:
 
     def to(self, dtype: torch.dtype) -> EditOperands:
         """The same with every float in ``dtype``."""
-        floats = {name: t.to(dtype) for name, t in self.differentiable.items()}
+        floats: dict[str, Any] = {name: t.to(dtype) for name, t in self.differentiable.items()}
         scale = self.scale.to(dtype) if isinstance(self.scale, Tensor) else self.scale
         return replace(self, **floats, scale=scale)
 
