@@ -136,7 +136,7 @@ def test_an_adapter_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     assert file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_flush", "_replace", "second rename"])
+@pytest.mark.parametrize("fails", ["serialize", "_flush", "_replace", "second rename"])
 def test_a_save_that_fails_changes_nothing(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reft_model = make()
     batch = random_batch([6])
@@ -279,6 +279,18 @@ def test_load_adapter_puts_weights_back(tmp_path: Path) -> None:
         make(layers=[0]).load_adapter(tmp_path / "a")
     with pytest.raises(ValueError, match=r"has a LoreftIntervention at layer_0.*a NodireftIntervention"):
         make(method="nodireft").load_adapter(tmp_path / "a")
+    other = make(rank=3)
+    before = [p.clone() for p in other.interventions.parameters()]
+    with pytest.raises(ValueError, match=r"low_rank_dimension=\d, this model has 3"):
+        other.load_adapter(tmp_path / "a")
+    assert all(p.equal(q) for p, q in zip(before, other.interventions.parameters(), strict=True))
+
+
+def test_files_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    make().save(tmp_path / "a")
+    (tmp_path / "plain").write_text("")
+    for path in (tmp_path / "a").iterdir():
+        assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, path.name
 
 
 def test_another_base_model(tmp_path: Path) -> None:

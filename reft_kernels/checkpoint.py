@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from reft_kernels.config import Representation, read_dtype
@@ -98,7 +98,8 @@ def save_adapter(
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Copies: safetensors refuses tensors that share memory.
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    save_file(copies, path, metadata={"format": "pt"})
+    # Written here, not by save_file, which makes files that nobody else may read.
+    path.write_bytes(serialize(copies, metadata={"format": "pt"}))
 
 
 def _flush(path: Path) -> None:

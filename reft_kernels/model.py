@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from reft_kernels import checkpoint
 from reft_kernels.config import ReftConfig, Representation
 from reft_kernels.hooks import CallHook, InputHook, OutputHook, is_fusable
+from reft_kernels.interventions import Intervention
 from reft_kernels.locations import Places
 from reft_kernels.modules import (
     Site,
@@ -418,7 +419,7 @@ class ReftModel(nn.Module):
     def load_adapter(self, load_directory: str | os.PathLike[str]) -> None:
         """Put the weights of a saved adapter into these interventions, which must be the same ones.
 
-        Raises FileNotFoundError or ValueError naming file and key.
+        Raises FileNotFoundError or ValueError naming file and key; nothing is loaded then.
         """
         document = checkpoint.read_description(load_directory)
         keys = [entry["key"] for entry in document["representations"]]
@@ -436,7 +437,19 @@ class ReftModel(nn.Module):
                     f"the adapter in {load_directory} has a {type(loaded).__name__} at {key}, this model a "
                     f"{type(mine).__name__}"
                 )
-            mine.load_state_dict(loaded.state_dict())
+            _check_same_edit(f"the adapter in {load_directory}: {key}", mine, loaded)
+        for key, loaded in zip(keys, modules, strict=True):
+            self.interventions[key].load_state_dict(loaded.state_dict())
+
+
+def _check_same_edit(place: str, mine: nn.Module, loaded: nn.Module) -> None:
+    """Dropout and dtype are how an adapter is trained; the other settings are what it is."""
+    if not (isinstance(mine, Intervention) and isinstance(loaded, Intervention)):
+        return
+    ours, theirs = mine.settings(), loaded.settings()
+    for name in ("embed_dim", "low_rank_dimension", "act_fn", "add_bias"):
+        if ours[name] != theirs[name]:
+            raise ValueError(f"{place} has {name}={theirs[name]!r}, this model has {ours[name]!r}")
 
 
 class _Owner:
