@@ -240,6 +240,39 @@ def print_table(sides: dict[str, Any]) -> None:
         print(f"pyreft / ours, added to the frozen step: {sides['pyreft']['added'] / sides['ours']['added']:.1f}")
 
 
+def plot(report: dict[str, Any], path: Path) -> None:
+    """One bar a side: the frozen model's step in grey, what the edits add in colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sides, environment = report["sides"], report["environment"]
+    names = {"ours": "reft_kernels", "pyreft": f"pyreft {environment['versions']['pyreft']}"}
+    colours = {"ours": "#2b6cb0", "pyreft": "#dd6b20"}
+    own = sides["frozen"]["step"]
+    figure, axes = plt.subplots(figsize=(8, 2.4), layout="constrained")
+    axes.barh("frozen model", own, color="#cbd5e0", height=0.6)
+    axes.annotate(f"{own:,.0f} ms", (own, 0), (5, 0), textcoords="offset points", va="center")
+    for row, (side, name) in enumerate(names.items(), start=1):
+        added = sides[side]["added"]
+        axes.barh(name, own, color="#cbd5e0", height=0.6)
+        axes.barh(name, max(added, 0), left=own, color=colours[side], height=0.6)
+        end = own + max(added, 0)
+        axes.annotate(f"{added:+,.0f} ms", (end, row), (5, 0), textcoords="offset points", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2 * (own + max(sides["pyreft"]["added"], 0)))
+    axes.set_xlabel("ms per training step (median)")
+    axes.set_title(
+        f"SmolLM2-135M, LoReFT on all 30 layers, {environment['batch']} x {environment['tokens']} tokens, "
+        f"{environment['threads']} CPU threads",
+        fontsize=10,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against_pyreft", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
@@ -261,7 +294,9 @@ def main(argv: list[str] | None = None) -> int:
     print_table(report["sides"])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\n{arguments.out}")
+    picture = arguments.out.with_suffix(".png")
+    plot(report, picture)
+    print(f"\n{arguments.out}\n{picture}")
     return 0
 
 

@@ -213,6 +213,9 @@ def time_edits(reft_model: Any, width: int, lesson: Lesson, rounds: int) -> dict
     theirs = list(Peer(frame, LAYERS, RANK).edits)
 
     def reft_kernels() -> None:
+        with torch.no_grad():  # as an optimiser's step would: R is computed anew in every round
+            for module in ours:
+                module.rotate_layer.rows.X.add_(0)
         h = hidden * 1
         for module in ours:
             h = edit_rows([module], h, positions, None)

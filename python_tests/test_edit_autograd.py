@@ -180,11 +180,14 @@ def test_double_backward_is_an_error_never_a_number(wanted: str, inplace: bool, 
     for reduce in (torch.sum, torch.linalg.vector_norm):
         y = o.edit(**{**leaves, "h": leaves["h"] * 1}, backend=backend, inplace=inplace)
         with pytest.raises(NotImplementedError, match="no second derivative"):
-            # An edit in place may refuse here already.
-            first = torch.autograd.grad(reduce(y), inputs, create_graph=True)
-            # Something that can be differentiated stands beside it: a gradient that counts as constant would pass.
-            total = sum(g.square().sum() for g in first) + sum(t.square().sum() for t in inputs)
-            torch.autograd.grad(total, inputs)
+            second_derivative(reduce(y), inputs)
+
+
+def second_derivative(loss: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    first = torch.autograd.grad(loss, inputs, create_graph=True)  # an edit in place refuses here already
+    # Something that can be differentiated stands beside it: a gradient that counts as constant would pass.
+    total = sum(g.square().sum() for g in first) + sum(t.square().sum() for t in inputs)
+    torch.autograd.grad(total, inputs)
 
 
 @backends

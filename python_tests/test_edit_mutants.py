@@ -24,7 +24,8 @@ MUTANTS = [
     # the forward kernel
     (FORWARD, "i_g = tl.where(edited, i_g, 0)", "i_g = i_g * 0"),
     (FORWARD, "h_row = h_ptr + i_b * stride_h_b +", "h_row = h_ptr + i_b * stride_h_b * 0 +"),
-    (FORWARD, "y_row = y_ptr + i_b * stride_y_b + i_s * stride_y_s", "y_row = y_ptr + i_b * stride_y_b + i_p * stride_y_s"),
+    (FORWARD, "y_row = y_ptr + i_b * stride_y_b + i_s * stride_y_s",
+     "y_row = y_ptr + i_b * stride_y_b + i_p * stride_y_s"),
     (FORWARD, 'if SUBTRACT and ACTIVATION == "linear":', 'if False and ACTIVATION == "linear":'),
     (FORWARD, "b_s += tl.sum(b_W * b_h[None, :], axis=1)", "b_s = tl.sum(b_W * b_h[None, :], axis=1)"),
     (FORWARD, "b_q += tl.sum(b_R * b_h[None, :], axis=1)", "pass"),
@@ -35,7 +36,8 @@ MUTANTS = [
     (FORWARD, "b_y * keep_gain, 0)", "b_y, 0)"),
     (FORWARD, "o_block = i_d // 4 +", "o_block = 0 * i_d +"),
     (FORWARD, "keep_mask(seed, i_b * S + i_s,", "keep_mask(seed, i_n,"),
-    (FORWARD, "tl.store(before_ptr + i_n * d + o_d, b_before, mask=m_d)", "tl.store(before_ptr + i_n * d + o_d, b_after, mask=m_d)"),
+    (FORWARD, "tl.store(before_ptr + i_n * d + o_d, b_before, mask=m_d)",
+     "tl.store(before_ptr + i_n * d + o_d, b_after, mask=m_d)"),
     (FORWARD, "b_after = tl.where(edited, b_after, b_before)", "pass"),
     (FORWARD, "tl.store(y_row + o_d, b_after, mask=m_d)", "tl.store(y_row + o_d, b_after)"),
     # the backward kernel
@@ -59,7 +61,8 @@ MUTANTS = [
     (BACKWARD, "b_dR -= b_cross", "pass"),
     (BACKWARD, "if i_slab == 0:", "if i_slab == 1:"),
     (BACKWARD, "(-b_sum_gd)", "b_sum_gd"),
-    (BACKWARD, "i_own = tl.full((), 0, tl.int64) + i_item // n_slabs", "i_own = tl.full((), 0, tl.int64) + i_item // (n_slabs + 1)"),
+    (BACKWARD, "i_own = tl.full((), 0, tl.int64) + i_item // n_slabs",
+     "i_own = tl.full((), 0, tl.int64) + i_item // (n_slabs + 1)"),
     # what both share
     (COMMON, "m_edited = m_edited & (i_s >= 0) & (i_s < S)", "m_edited = m_edited & (i_s < S)"),
     (COMMON, "m_edited = m_edited & (i_g >= 0) & (i_g < G)", "m_edited = m_edited & (i_g < G)"),
@@ -67,7 +70,8 @@ MUTANTS = [
     (COMMON, "i_p = o_n % P", "i_p = o_n % (P + 1)"),
     (COMMON, "o_position = i_b * stride_positions_b + i_p * stride_positions_p", "o_position = o_n"),
     # the eager backend
-    (EAGER, "delta = delta.add(_pick(bias, group).to(dtype), alpha=sign)", "delta = delta.add(_pick(bias, group).to(dtype))"),
+    (EAGER, "delta = delta.add(_pick(bias, group).to(dtype), alpha=sign)",
+     "delta = delta.add(_pick(bias, group).to(dtype))"),
     (EAGER, "delta = delta - _down(x, p.R.to(dtype), group)", "pass"),
     (EAGER, "scaled = delta if p.scale is None else delta * p.scale.reshape(-1, 1).to(dtype)", "scaled = delta"),
     (EAGER, "after = after.mul_(_keep_factor(p, p.h.shape, dtype))", "pass"),
@@ -112,7 +116,7 @@ def check_backend(backend: str) -> None:
     cases = [
         (everything, False),
         (replace(everything, activation="linear"), False),
-        (replace(everything, activation="linear", positions="none", shape=(2, 3)), False),
+        (replace(everything, activation="linear", positions="none", shape=(2, 3), dropout=0.3), False),
         (replace(everything, method="loreft", index="strided", shape=(3, 4)), True),
         (replace(everything, shape=(2, 3), slots=2, dropout=0.3), False),
         (replace(everything, shape=(2,), positions="none", groups=0, d=8), False),

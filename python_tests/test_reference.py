@@ -256,9 +256,9 @@ def test_assert_bitwise_equal() -> None:
     assert_bitwise_equal(zeros, zeros.T.contiguous().T)
     nan = torch.tensor([float("nan")])
     assert_bitwise_equal(nan, nan.clone())
+    changed = zeros.clone()
+    changed[1, 2] = -0.0
     with pytest.raises(AssertionError, match=r"first at \(1, 2\): got -0\.0 \(0x80000000\)"):
-        changed = zeros.clone()
-        changed[1, 2] = -0.0
         assert_bitwise_equal(changed, zeros)
     with pytest.raises(AssertionError, match=r"0x7fc00001"):
         assert_bitwise_equal(torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32), nan)
