@@ -348,8 +348,8 @@ def change_json(folder: Path, change: Any) -> None:
         ),
         (
             ValueError,
-            lambda f: change_tensors(f, bias=torch.zeros(2, dtype=torch.bfloat16)),
-            r"bias must be torch.float32 \[2\], got torch.bfloat16 \[2\]",
+            lambda f: change_tensors(f, bias=torch.zeros(2, dtype=torch.int64)),
+            r"bias must be torch.float32 \[2\], got torch.int64 \[2\]",
         ),
         (ValueError, lambda f: change_tensors(f, extra=torch.zeros(1)), r"extra is not one of LoreftInt"),
         (ValueError, lambda f: change_json(f, lambda d: d["representations"].pop()), "belongs to no representation"),
@@ -395,3 +395,26 @@ def test_only_tensors_are_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="a: cannot save '_extra_state', a object"):
         checkpoint.save_adapter(tmp_path / "a", {}, {"a": Odd()})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ["loreft", "consreft", "nodireft"])
+def test_an_adapter_of_a_cast_model_loads_as_it_was(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    reft_model = make(method=method).to(dtype)
+    batch = random_batch([6])
+    wanted = logits(reft_model, batch)
+    reft_model.save(tmp_path / "a")
+    loaded = ReftModel.load(tmp_path / "a", tiny_model("llama").to(dtype))
+    assert logits(loaded, batch).equal(wanted)
+    assert all(p.requires_grad for p in loaded.interventions.parameters())
+    reft_model.load_adapter(tmp_path / "a")
+    assert logits(reft_model, batch).equal(wanted)
+
+
+def test_loading_and_generating_in_inference_mode(tmp_path: Path) -> None:
+    reft_model = make()
+    batch = random_batch([6])
+    wanted = logits(reft_model, batch)
+    reft_model.save(tmp_path / "a")
+    with torch.inference_mode():
+        assert logits(ReftModel.load(tmp_path / "a", tiny_model("llama")), batch).equal(wanted)

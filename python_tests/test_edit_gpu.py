@@ -100,6 +100,7 @@ def test_forward_and_backward_replay_in_a_graph():
         return y, *torch.autograd.grad(y.square().sum(), (h, R, W, b))
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             step()
@@ -115,6 +116,63 @@ def test_forward_and_backward_replay_in_a_graph():
     torch.cuda.synchronize()
     for one, other in zip(captured, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_graphs_replay_in_any_order_and_at_once():
+    tensors, settings = problem(1024, 4, torch.float32, 1, seed=9)
+    h, R, W, b = (t.cuda().float().requires_grad_() for t in tensors)
+    settings = {name: t.cuda() for name, t in settings.items()}
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(rk.edit(h, R, W, b, **settings).square().sum(), (h, R, W, b))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graphs, captured = [], []
+    for _ in range(2):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            captured.append(step())
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, stream in zip(reversed(graphs), streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for gradients in captured:
+        assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+
+
+def test_captured_steps_train_R():
+    rows = rk.OrthonormalRows(256, 4).cuda()
+    _ = rows.weight  # cached before the capture
+    optimizer = torch.optim.SGD(rows.parameters(), lr=1.0)
+    target = torch.randn(4, 256, device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        (rows.weight * target).sum().backward()
+        optimizer.step()
+
+    rows.X.grad = torch.zeros_like(rows.X)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    before = rows.weight.detach().clone()
+    for _ in range(3):
+        graph.replay()
+    after = rows.weight.detach()
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after @ after.T, torch.eye(4, device="cuda"), rtol=0, atol=1e-6)
 
 
 def test_dropout_mask_is_that_of_the_cpu():

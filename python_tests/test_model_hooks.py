@@ -562,3 +562,13 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before - 0.5
     assert all(value.equal(frozen[name]) for name, value in reft_model.model.state_dict().items())
+
+
+def test_hooks_go_with_their_reft_model() -> None:
+    model = tiny_model("llama")
+    before = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    reft_model = get_reft_model(model, ReftConfig(method="loreft", layers="all", rank=2, positions="l1"))
+    del reft_model
+    gc.collect()
+    after = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    assert after == before

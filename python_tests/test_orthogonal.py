@@ -220,7 +220,6 @@ def changes() -> dict[str, object]:
         "assign": lambda m: m.assign(torch.linalg.qr(torch.randn(8, 3)).Q.T),
         "reset": lambda m: m.reset_parameters(),
         "double": lambda m: m.double(),
-        "bfloat16": lambda m: m.bfloat16(),
         "new parameter": lambda m: setattr(m, "X", nn.Parameter(m.X.detach() + torch.randn(8, 3).tril(-1))),
     }
 
@@ -446,3 +445,42 @@ def test_meta_device() -> None:
 
 def test_repr_names_the_sizes() -> None:
     assert "d=8, r=3" in repr(OrthonormalRows(8, 3))
+
+
+def test_compiled_under_autocast_R_is_as_exact() -> None:
+    module = moved(64, 4)
+    compiled = torch.compile(lambda: module.weight * 1, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        R = compiled()
+    torch.testing.assert_close(R, module.weight, rtol=0, atol=1e-6)
+    assert orthonormality(R) < 1e-6
+
+
+def test_a_module_made_in_inference_mode_works() -> None:
+    with torch.inference_mode():
+        module = OrthonormalRows(16, 3)
+        first = module.weight.clone()
+        module.X.add_(torch.randn(16, 3).tril(-1))
+        assert not torch.equal(module.weight, first)
+        assert orthonormality(module.weight) < 1e-6
+
+
+def test_a_cast_of_the_model_keeps_R_in_float32() -> None:
+    module = moved(16, 3)
+    R = module.weight.detach().clone()
+    model = nn.Sequential(module, nn.Linear(2, 2))
+    assert model.to(torch.bfloat16)[1].weight.dtype == torch.bfloat16
+    assert_bitwise_equal(module.weight.detach(), R)
+    assert model.half()[0].X.dtype == torch.float32
+    assert model.double()[0].weight.dtype == torch.float64
+
+
+def test_a_narrow_default_dtype_changes_nothing() -> None:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        module = OrthonormalRows(16, 3)
+    finally:
+        torch.set_default_dtype(default)
+    assert module.weight.dtype == torch.float32
+    assert orthonormality(module.weight) < 1e-6

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,10 @@ def save_adapter(
     text = json.dumps(document, indent=2) + "\n"
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".saving", dir=target.parent))
+    # Not mkdtemp, which keeps everybody else out: an adapter is as readable as any new folder.
+    fresh = target.parent / f".{target.name}.{secrets.token_hex(8)}.saving"
+    fresh.mkdir()
     try:
-        # mkdtemp keeps everybody else out; an adapter is as readable as any new folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        fresh.chmod(0o777 & ~umask)
         _write_tensors(fresh / ADAPTER_FILE, tensors)
         if base_tensors is not None:
             _write_tensors(fresh / BASE_FILE, base_tensors)
@@ -264,14 +262,16 @@ def _load_state(path: Path, key: str, intervention: nn.Module, state: dict[str, 
         if name not in state:
             raise ValueError(f"{path}: the key {key}.{name} is missing")
         value = state[name]
-        if value.shape != own.shape or value.dtype != own.dtype:
+        # A model may be cast before it is saved; what is loaded is what was saved.
+        same_kind = value.dtype == own.dtype or (value.is_floating_point() and own.is_floating_point())
+        if value.shape != own.shape or not same_kind:
             raise ValueError(
                 f"{path}: {key}.{name} must be {own.dtype} {list(own.shape)}, got {value.dtype} {list(value.shape)}"
             )
     for name in state:
         if name not in expected:
             raise ValueError(f"{path}: the key {key}.{name} is not one of {type(intervention).__name__}")
-    intervention.load_state_dict(state)
+    intervention.load_state_dict(state, assign=True)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -219,8 +219,8 @@ def _normalise(
         raise ValueError("c: has no effect without subtract=True; expected None")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
 
     if positions is None:
         slots = h.shape[:-1]
@@ -246,6 +246,8 @@ def _normalise(
         _check_tensor("scale", scale, _FLOATS)
         if scale.requires_grad:
             raise ValueError("scale: is not differentiable; pass scale.detach()")
+        if scale.dim() == 0:
+            scale = scale.expand(slots)
         if scale.shape != slots:
             raise ValueError(f"scale: expected {layout}, got {_shape(scale)}")
         scale = scale.reshape(per_slot)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from reft_kernels.functional import edit
 from reft_kernels.orthogonal import OrthonormalRows
+from reft_kernels.problem import wide_default_dtype
 from reft_kernels.reference import ACTIVATIONS
 
 # What pyvene hands to every intervention it builds, and what pyreft's own constructors take without effect.
@@ -72,9 +73,9 @@ class RotateLayer(nn.Module):
         ValueError: an assigned weight is not [d, r] or its columns are not orthonormal.
     """
 
-    def __init__(self, n: int, m: int) -> None:
+    def __init__(self, d: int, r: int) -> None:
         super().__init__()
-        self.rows = OrthonormalRows(n, m)
+        self.rows = OrthonormalRows(d, r)
 
     @property
     def weight(self) -> Tensor:
@@ -139,8 +140,8 @@ class Intervention(nn.Module):
         if act_fn not in ACTIVATIONS:
             raise ValueError(f"act_fn: expected one of {', '.join(ACTIVATIONS)}, got {act_fn!r}")
         dropout = dropout or 0.0
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         if act_fn != "linear" and not self.has_W:
             warnings.warn(f"{type(self).__name__}: no effect of act_fn, as in pyreft", stacklevel=2)
             act_fn = "linear"
@@ -159,7 +160,7 @@ class Intervention(nn.Module):
         if self.has_W:
             self.learned_source: nn.Module | nn.Parameter = nn.Linear(d, r, dtype=dtype)
         else:
-            self.learned_source = nn.Parameter(torch.rand(r))
+            self.learned_source = nn.Parameter(torch.rand(r, dtype=wide_default_dtype()))
 
     def edit_weights(self) -> EditWeights:
         """The operands of this intervention's edit, as they are now."""

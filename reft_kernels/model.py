@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,6 +121,7 @@ class ReftModel(nn.Module):
                 self._handles.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
         call = CallHook(self._owner)
         self._handles.append(called_model(self.model).register_forward_pre_hook(call, with_kwargs=True))
+        weakref.finalize(self, _remove, self._handles)
 
     def remove_hooks(self) -> None:
         """Take this model's hooks off the base model, which then knows nothing of it. There is no way back."""
@@ -173,6 +175,9 @@ class ReftModel(nn.Module):
         config are computed on the device from the attention mask: the prompt is what is attended, for a causal
         language model with labels up to the first that is not -100. Without positions every token is edited.
 
+        With a cache (``past_key_values``) everything attended so far counts as prompt, tokens that the caller has
+        generated included; ``generate`` knows them apart.
+
         Raises TypeError or ValueError naming the argument.
         """
         del source_representations
@@ -188,6 +193,8 @@ class ReftModel(nn.Module):
             "use_cache": use_cache,
         }
         inputs = _join(base, {**{k: v for k, v in given.items() if v is not None}, **model_kwargs})
+        if output_original_output and inputs.get("past_key_values") is not None:
+            raise ValueError("output_original_output: two runs would write the one cache in past_key_values")
         original = self.model(**inputs) if output_original_output else None
         plan = self._planner.of_forward(
             inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace
@@ -450,6 +457,12 @@ def _check_same_edit(place: str, mine: nn.Module, loaded: nn.Module) -> None:
     for name in ("embed_dim", "low_rank_dimension", "act_fn", "add_bias"):
         if ours[name] != theirs[name]:
             raise ValueError(f"{place} has {name}={theirs[name]!r}, this model has {ours[name]!r}")
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    """The base model outlives its ReftModel and should not carry the hooks of one that is gone."""
+    for handle in handles:
+        handle.remove()
 
 
 class _Owner:

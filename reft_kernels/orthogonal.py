@@ -16,6 +16,7 @@ so that B is r reflectors and r signs: 2 d r numbers in all instead of d^2, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from reft_kernels.autograd import first_derivative_only
-from reft_kernels.problem import without_autocast
+from reft_kernels.problem import wide_default_dtype, without_autocast
 
 _optimizer_steps = 0
 
@@ -41,8 +42,9 @@ class OrthonormalRows(nn.Module):
     """R [r, d] with orthonormal rows, as a function of an unconstrained parameter X [d, r].
 
     ``weight`` is R in float32 (float64 if X is), differentiable to X. It is computed once and kept until X
-    changes: in place, by an optimiser's step, by ``load_state_dict`` or by a move to another device. The state
-    (X and the base) is exact: a module that loads it has the same R, bit for bit.
+    changes: in place, by an optimiser's step, by ``load_state_dict`` or by a move to another device. Writing into
+    ``X.data`` outside an optimiser's step leaves no trace and is not seen; write X under ``torch.no_grad()``. The
+    state (X and the base) is exact: a module that loads it has the same R, bit for bit.
 
     Args:
         d: the length of a row.
@@ -62,15 +64,17 @@ class OrthonormalRows(nn.Module):
         if not 1 <= r <= d:
             raise ValueError(f"r: expected 1 <= r <= d={d}, got {r}")
         self.d, self.r = d, r
-        self.X = nn.Parameter(torch.empty(d, r))
-        self.register_buffer("reflectors", torch.empty(d, r))
-        self.register_buffer("signs", torch.empty(r))
+        dtype = wide_default_dtype()
+        self.X = nn.Parameter(torch.empty(d, r, dtype=dtype))
+        self.register_buffer("reflectors", torch.empty(d, r, dtype=dtype))
+        self.register_buffer("signs", torch.empty(r, dtype=dtype))
         self._cache: _Cache | None = None
+        self._captured = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws R uniformly (``torch.nn.init.orthogonal_``) and makes it the base."""
-        start = torch.empty(self.d, self.r)
+        start = torch.empty(self.d, self.r, dtype=torch.float32)
         nn.init.orthogonal_(start)
         self.assign(start.T)
 
@@ -101,8 +105,9 @@ class OrthonormalRows(nn.Module):
     @property
     def weight(self) -> Tensor:
         """R [r, d]."""
-        if torch.compiler.is_compiling():
-            return self._compute(self.X)
+        if not self._cacheable():
+            with without_autocast(self.X.device):
+                return self._compute(self.X)
         key = self._key()
         cache = self._cache
         if cache is None or cache.key != key or cache.X is not self.X:
@@ -110,6 +115,18 @@ class OrthonormalRows(nn.Module):
                 R = _OrthonormalRowsFunction.apply(self.X, self) if self.X.requires_grad else self._compute(self.X)
             self._cache = cache = _Cache(key, self.X, R)
         return cache.R
+
+    def _cacheable(self) -> bool:
+        """Whether a change of X would be seen: not while compiling, not for tensors made in inference mode.
+
+        Nor during and after the capture of a CUDA graph: the graph must hold R's own computation, and its replays
+        may write X without a trace.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        if self.X.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured, self._cache = True, None
+        return not (self._captured or any(t.is_inference() for t in (self.X, self.reflectors, self.signs)))
 
     def _key(self) -> tuple[Any, ...]:
         """Changes whenever X or the base may have changed."""
@@ -124,6 +141,17 @@ class OrthonormalRows(nn.Module):
         Q = _reflect(X.tril(-1) + eye, eye) * torch.where(X.diagonal() < 0, -1.0, 1.0)  # [d, r]
         signs = torch.cat((self.signs.to(X.dtype), self.signs.new_ones(self.d - self.r, dtype=X.dtype)))
         return _reflect(self.reflectors.to(X.dtype), Q * signs[:, None]).T.contiguous()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrthonormalRows:
+        """Moves to another device; a cast to less than float32 (``model.to(bfloat16)``) leaves the dtype alone."""
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrow = torch.promote_types(moved.dtype, torch.float32) != moved.dtype
+            return tensor.to(moved.device) if narrow else moved
+
+        super()._apply(keep_wide, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cached R, which belongs to an autograd graph and cannot be copied."""

@@ -63,3 +63,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def wide_default_dtype() -> torch.dtype:
+    """torch's default dtype, float32 where that is narrower."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)

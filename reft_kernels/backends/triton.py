@@ -7,8 +7,10 @@ It runs programs one after the other, so that there the backward's two phases ar
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +24,7 @@ name = "triton"
 
 MAX_RANK = 64
 MIN_CAPABILITY = (8, 0)
+MIN_TRITON = (3, 6)
 
 
 @functools.cache
@@ -29,6 +32,11 @@ def unavailable() -> str | None:
     """Why Triton kernels cannot run on this machine; None if they can. Never initialises CUDA."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+        return f"needs Triton {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer, got {version}"
+    if torch.version.hip is not None:
+        return "AMD GPUs are not supported yet"
     if not (interpreted() or torch.cuda.is_available()):
         return "no GPU (torch.cuda.is_available() is False), and TRITON_INTERPRET=1 is not set"
     return None
@@ -47,7 +55,7 @@ def unsupported(problem: EditProblem) -> str | None:
             return f"the interpreter takes CPU tensors, got h on {device}"
     elif device.type != "cuda":
         return f"needs h on a CUDA device, got {device}"
-    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+    elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         return f"needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer, got {major}.{minor}"
     elif problem.accumulator == torch.float64:
@@ -211,7 +219,7 @@ def _flags(p: EditProblem) -> dict[str, Any]:
 
 def _on_device(tensor: Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.inference_mode(False)
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @functools.cache
@@ -228,5 +236,11 @@ def _barrier_word_of_stream(device: torch.device, stream: int) -> Tensor:
 
 
 def _barrier_word(device: torch.device) -> Tensor:
-    """The word of the current stream: kernels of two streams may overlap and must not share one."""
+    """The word of the current stream: kernels of two streams may overlap and must not share one.
+
+    A captured launch gets a word of its own, zeroed by the graph at every replay: graphs are replayed in any order
+    and on any stream.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
     return _barrier_word_of_stream(device, torch.cuda.current_stream(device).cuda_stream)

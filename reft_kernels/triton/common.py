@@ -106,7 +106,7 @@ def grid_barrier(word_ptr):
     programs must be resident at once: launch cooperatively.
     """
     n_programs = tl.num_programs(0)
-    arrival = tl.where(tl.program_id(0) == 0, -2147483648 + (n_programs - 1) * -1, 1).to(tl.int32)
+    arrival = tl.where(tl.program_id(0) == 0, 2147483648 - (n_programs.to(tl.int64) - 1), 1).to(tl.int32)
     # NOTE: a release atomic does not wait for the other warps of its program; the barrier does.
     tl.debug_barrier()
     before = tl.atomic_add(word_ptr, arrival, sem="release", scope="gpu")
