@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from reft_kernels.config import Representation, read_dtype
-from reft_kernels.interventions import INTERVENTIONS
+from reft_kernels.config import Representation
+from reft_kernels.interventions import INTERVENTIONS, read_dtype
 
 CONFIG_FILE = "reft_config.json"
 ADAPTER_FILE = "adapter.safetensors"
@@ -128,7 +128,11 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _replace(fresh: Path, target: Path) -> None:
-    """Put the fresh folder in the target's place, leaving what was there in the fresh one's."""
+    """Put the fresh folder in the target's place, leaving what was there in the fresh one's.
+
+    One step where the system can swap folders. Elsewhere two renames, undone if the second fails; a process killed
+    between them leaves both folders beside the target under names of their own.
+    """
     if not target.exists() or not any(target.iterdir()):
         os.replace(fresh, target)
         return

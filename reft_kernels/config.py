@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reft_kernels.interventions import METHODS
+from reft_kernels.interventions import METHODS, read_dtype
 from reft_kernels.positions import parse_positions
 
 # pyvene's other fields of a representation, and the only value of each that has a meaning here.
@@ -139,16 +139,6 @@ class Representation:
                     f"{name}={value[name]!r} in a representation is not supported, only {_PYVENE_FIELDS[name]!r}"
                 )
         return cls(**{name: item for name, item in value.items() if name in known})
-
-
-def read_dtype(dtype: Any) -> torch.dtype | None:
-    """A torch.dtype from itself or from its name ("bfloat16", "torch.bfloat16"); None stays None."""
-    if dtype is None:
-        return None
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point torch.dtype or its name, got {dtype!r}")
-    return found
 
 
 class ReftConfig:

@@ -105,7 +105,8 @@ class Intervention(nn.Module):
         dropout: probability of dropping an element of an edited row, in training mode.
         act_fn: f: linear (None), relu, gelu, silu or tanh.
         add_bias: whether ``proj_layer`` has a bias c.
-        **kwargs: pyvene's own fields are accepted in silence, others with a warning that they have no effect.
+        **kwargs: pyvene's own fields, which it passes to every intervention that it builds, are ignored in silence;
+            others are ignored with a warning.
 
     Raises:
         ValueError: r not in [1, d], an unknown activation, a dropout outside [0, 1).
@@ -152,7 +153,7 @@ class Intervention(nn.Module):
         self.act_fn = act_fn
         self.add_bias = bool(add_bias)
         self.dropout = nn.Dropout(dropout)
-        dtype = _dtype(dtype)
+        dtype = read_dtype(dtype) or torch.float32
         if self.orthonormal:
             self.rotate_layer = RotateLayer(d, r)
         else:
@@ -335,9 +336,13 @@ def _integer(name: str, value: Any) -> int:
     return value
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+def read_dtype(dtype: Any) -> torch.dtype | None:
+    """A torch.dtype from itself or from its name ("bfloat16", "torch.bfloat16"); None stays None.
+
+    Raises ValueError where it is no floating dtype.
+    """
     if dtype is None:
-        return torch.float32
+        return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype: expected a floating torch dtype or its name, got {dtype!r}")

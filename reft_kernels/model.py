@@ -408,17 +408,21 @@ class ReftModel(nn.Module):
                 stacklevel=2,
             )
         modules = checkpoint.build_interventions(load_directory, document, classes)
-        representations = [
-            Representation(
-                layer=entry["layer"],
-                component=entry["component"],
-                low_rank_dimension=entry["low_rank_dimension"],
-                intervention=module,
-                positions=entry["positions"],
-            )
-            for entry, module in zip(document["representations"], modules, strict=True)
-        ]
-        reft_model = get_reft_model(model, ReftConfig.restore(document["config"], representations))
+        try:
+            representations = [
+                Representation(
+                    layer=entry["layer"],
+                    component=entry["component"],
+                    low_rank_dimension=entry["low_rank_dimension"],
+                    intervention=module,
+                    positions=entry["positions"],
+                )
+                for entry, module in zip(document["representations"], modules, strict=True)
+            ]
+            reft_config = ReftConfig.restore(document["config"], representations)
+            reft_model = get_reft_model(model, reft_config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the adapter in {load_directory} does not fit: {error}") from error
         if include_model:
             checkpoint.load_base_tensors(load_directory, model)
         return reft_model.eval()

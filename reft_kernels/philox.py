@@ -59,4 +59,7 @@ def keep_mask(seed: Tensor, rows: Tensor, columns: int, dropout: float) -> Tenso
         columns: d.
         dropout: the probability of dropping, in [0, 1).
     """
-    return (philox_words(seed, rows, columns) >> 1) >= keep_threshold(dropout)
+    threshold = keep_threshold(dropout)
+    # In parts: the rounds hold some ten int64 for every element.
+    parts = rows.split(max(1, 2**20 // columns))
+    return torch.cat([(philox_words(seed, part, columns) >> 1) >= threshold for part in parts])
