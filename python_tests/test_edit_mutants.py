@@ -147,9 +147,10 @@ def check_backend(backend: str) -> None:
             assert_close(value[rows], oracle.grads[name][rows], plain.grads[name][rows], factor=3, name=f"d{name}")
 
 
-# Imports torch and Triton once and forks a process for each mutant's copy of the package.
+# Imports torch and Triton once and forks a process for each mutant's copy of the package. A broken mask or offset may
+# write anywhere: a mutant that dies of it, or hangs on a broken heap until its alarm, is caught too.
 RUNNER = """
-import os, sys, traceback
+import os, signal, sys
 import torch, triton, numpy
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -157,6 +158,7 @@ for line in sys.stdin:
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
+        signal.alarm(60)
         status = 1
         try:
             sys.path[:0] = [folder, TESTS]
