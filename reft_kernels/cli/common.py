@@ -79,6 +79,7 @@ def user_errors(what: str, kinds: tuple[type[Exception], ...] = USER_ERRORS) -> 
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, needs_model: bool) -> None:
+    """--model, --dtype and --device; the model may be left out where an adapter knows it."""
     group = parser.add_argument_group("model")
     where = "" if needs_model else "; by default the one the adapter was trained on"
     group.add_argument(
@@ -102,6 +103,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, needs_model: bool) -
 
 
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """--adapter."""
     parser.add_argument_group("adapter").add_argument(
         "--adapter",
         metavar="FOLDER",
@@ -110,6 +112,7 @@ def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, split: str) -> Any:
+    """--data, --split and --max-examples; returns their group."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -124,6 +127,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, split: str) -> Any:
 
 
 def add_template_argument(group: Any) -> None:
+    """--template, into the group of the data."""
     group.add_argument(
         "--template",
         type=template_text,
@@ -134,6 +138,7 @@ def add_template_argument(group: Any) -> None:
 
 
 def choose_device(name: str) -> str:
+    """The device that --device names. Raises UserError where there is none."""
     import torch
 
     if name == "auto":
@@ -144,6 +149,7 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype that --dtype names: bfloat16 on a GPU and float32 elsewhere for auto."""
     import torch
 
     if name == "auto":

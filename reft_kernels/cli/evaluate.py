@@ -31,6 +31,7 @@ USAGE = "--adapter FOLDER --data FILE|NAME [options]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eval`."""
     add_model_arguments(parser, needs_model=False)
     add_adapter_argument(parser)
     data = add_data_arguments(parser, split="test")
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Prints the accuracy on the data, and writes the predictions where --out says."""
     out = Path(arguments.out).expanduser() if arguments.out else None
     if out is not None and out.is_dir():
         raise UserError(f"--out {out}: is a folder")

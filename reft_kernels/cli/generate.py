@@ -20,6 +20,7 @@ USAGE = "--adapter FOLDER --prompt TEXT [options]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `generate`."""
     add_model_arguments(parser, needs_model=False)
     add_adapter_argument(parser)
     prompt = parser.add_argument_group("prompt")
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Prints the continuation of the prompt."""
     text = arguments.prompt if arguments.prompt is not None else sys.stdin.read()
     if not text.strip() and not arguments.input:
         raise UserError("--prompt: the prompt is empty")

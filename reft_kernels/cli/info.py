@@ -14,6 +14,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "dat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `info`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -41,6 +42,7 @@ def collect() -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Prints versions, devices and backends."""
     found = collect()
     if arguments.json:
         print(json.dumps(found, indent=1))

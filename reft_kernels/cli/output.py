@@ -53,6 +53,7 @@ def adapter_bytes(folder: Path) -> int:
 
 
 def write_log(folder: Path, log: dict[str, Any]) -> None:
+    """Writes train_log.json, whole or not at all. Raises UserError where the folder cannot be written."""
     with user_errors(f"--output {folder}"):
         write_atomically(folder / LOG_FILE, json.dumps(log, indent=1) + "\n")
 

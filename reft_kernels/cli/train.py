@@ -45,6 +45,7 @@ NOT_SETTINGS = {
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Trains, and leaves adapter, checkpoints and train_log.json in the output folder."""
     folder = Path(arguments.output).expanduser()
     check_output(folder, resume=arguments.resume, overwrite=arguments.overwrite)
     _check_method(arguments)

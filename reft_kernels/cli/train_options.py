@@ -19,6 +19,7 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomia
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `train`."""
     add_model_arguments(parser, needs_model=True)
 
     data = add_data_arguments(parser, split="train")
@@ -119,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def training_arguments(arguments: argparse.Namespace, folder: Path, device: str) -> Any:
+    """The Trainer's TrainingArguments for these arguments."""
     from transformers import TrainingArguments
 
     options: dict[str, Any] = {}

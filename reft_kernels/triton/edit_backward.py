@@ -62,6 +62,7 @@ def edit_backward_kernel(
     PHASE: tl.constexpr,  # 0: both; 1 or 2: that one alone, for the interpreter, which runs programs in turn
     ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of the edit; the formulas stand at the top of this file."""
     if DROPOUT:
         seed = tl.load(seed_ptr)
 

@@ -48,6 +48,7 @@ def edit_forward_kernel(
     COPY_OTHERS: tl.constexpr,  # rows that are not edited are copied from h to y
     ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
+    """The edit of one row a program; the formula stands at the top of this file."""
     i_n = tl.program_id(0).to(tl.int64)
     i_b, i_p, i_s, i_g, edited = locate_rows(
         i_n, positions_ptr, group_ptr, N, P, S, G,
