@@ -187,11 +187,18 @@ def test_debug_mode_checks_contents(debug, backend: str, changes: dict, words: l
 
 
 def test_debug_mode_lets_good_edits_pass(launches, debug) -> None:
-    edit(**good())
-    edit(**good(positions=torch.tensor([[-1, -1, -1], [-1, 0, -1]])))
-    edit(**good(h=torch.randn(2, 3, D), positions=None))
-    edit(**good(h=torch.randn(2, 5, D), positions=torch.zeros(2, 0, dtype=torch.int64),
-                group=torch.zeros(2, 0, dtype=torch.int64), scale=torch.zeros(2, 0)))  # fmt: skip
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    for changes in (
+        {},
+        {"positions": torch.tensor([[-1, -1, -1], [-1, 0, -1]])},
+        {"h": torch.randn(2, 3, D), "positions": None},
+        {"h": torch.randn(2, 5, D), "positions": none, "group": none, "scale": torch.zeros(2, 0)},
+    ):
+        operands = good(**changes)
+        checked = edit(**operands)
+        set_debug(False)
+        assert torch.equal(checked, edit(**operands))
+        set_debug(True)
 
 
 def test_without_debug_mode_nothing_is_read_back(launches, monkeypatch: pytest.MonkeyPatch) -> None:

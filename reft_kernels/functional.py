@@ -85,6 +85,7 @@ def edit(
         ValueError: shapes, devices or settings that do not fit, or a backend that cannot take this edit. In debug
             mode (:func:`set_debug`) also positions or groups out of range, and positions named twice; without it an
             out-of-range entry names no row, and of two edits of one row either may win.
+        NotImplementedError: in the backward, where a second derivative is asked for.
 
     Source: Wu et al., 2024 (arXiv 2404.03592), equations 2 and 3 and appendix E; pyreft/interventions.py.
     """

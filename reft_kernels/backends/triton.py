@@ -7,7 +7,7 @@ It runs programs one after the other, so that there the backward's two phases ar
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 from contextlib import nullcontext
@@ -32,7 +32,8 @@ def unavailable() -> str | None:
     """Why Triton kernels cannot run on this machine; None if they can. Never initialises CUDA."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    version = importlib.metadata.version("triton")
+    # Not from the installed distribution: builds of torch bring Triton under several names.
+    version: str = importlib.import_module("triton").__version__
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
         return f"needs Triton {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer, got {version}"
     if torch.version.hip is not None:
