@@ -33,9 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "NVIDIA H100 80GB HBM3"
 FILE = "nvidia_h100_80gb_hbm3.json"
 HEADER = dict.fromkeys(config_tables.HEADER, "1.0") | {"device": DEVICE, "date": "2025-01-01"}
-FORWARD = ForwardConfig(TENSOR_CORES=0, BLOCK_N=1, BLOCK_D=512, num_warps=4, num_stages=2)
+FORWARD = ForwardConfig(TENSOR_CORES=0, BLOCK_N=1, BLOCK_D=16384, STAGES=2, num_warps=4)
 BACKWARD = BackwardConfig(
-    TENSOR_CORES=1, ROWS_N=16, BLOCK_D=128, BLOCK_N=32, SLAB_D=32, num_warps=8, num_stages=3
+    TENSOR_CORES=1, ROWS_N=16, BLOCK_D=128, BLOCK_N=32, SLAB_D=32, STAGES=3, num_warps=8
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def key(**changes: Any) -> Key:
 
 def marked(number: int) -> ForwardConfig:
     """A configuration of its own for each number below 64."""
-    return FORWARD._replace(BLOCK_N=1 << number % 8, num_stages=1 + number // 8)
+    return FORWARD._replace(BLOCK_N=1 << number % 8, STAGES=1 + number // 8)
 
 
 def write(folder: Path, entries: dict[Key, Config], file: str = FILE) -> Path:
@@ -110,8 +110,9 @@ def test_every_part_of_the_key_counts(folders: dict[str, Path]) -> None:
     write(folders["user"], {key(): FORWARD, key(op="edit_backward"): BACKWARD})
     assert lookup() == FORWARD
     assert lookup(op="edit_backward") == BACKWARD
-    for other in ({"h": "float16"}, {"parameters": "bfloat16"}, {"linear": False}, {"groups": 2}):
+    for other in ({"h": "float16"}, {"parameters": "bfloat16"}, {"linear": False}, {"groups": 3}):
         assert lookup(**other) is None, other
+    assert lookup(groups=2) == FORWARD
     assert lookup("NVIDIA H100 PCIe") is None
 
 
@@ -130,20 +131,21 @@ def test_n_is_the_nearest_in_log_space(folders: dict[str, Path]) -> None:
     assert [lookup(N=n) for n in (2**15 - 1, 2**15)] == [None, marked(1)]
 
 
-def test_r_is_of_the_same_power_of_two_and_d_within_a_factor_of_two(folders: dict[str, Path]) -> None:
+def test_d_and_r_are_of_the_same_power_of_two(folders: dict[str, Path]) -> None:
     write(
         folders["user"],
         {
-            key(d=4096, r=8): marked(0), key(d=4096, r=6): marked(1), key(d=1024, r=8): marked(2),
-            key(d=4096, r=4): marked(3),
+            key(d=4096, r=8): marked(0), key(d=4096, r=6): marked(1), key(d=2560, r=8): marked(2),
+            key(d=4096, r=4): marked(3), key(d=768, r=1): marked(4),
         },
     )  # fmt: skip
+    # The geometric mean of 2560 and 4096 is 3238.2.
     for (d, r), expected in {
-        (4096, 8): 0, (4096, 7): 1, (4096, 6): 1, (4096, 5): 1, (4096, 4): 3, (4096, 3): 3, (8192, 8): 0,
-        (2048, 8): 2, (2049, 8): 0, (1000, 5): 2, (512, 8): 2,
+        (4096, 8): 0, (4096, 7): 1, (4096, 6): 1, (4096, 5): 1, (4096, 4): 3, (4096, 3): 3, (2560, 8): 2,
+        (2049, 5): 2, (3238, 8): 2, (3239, 8): 0, (1024, 1): 4, (513, 1): 4,
     }.items():  # fmt: skip
         assert lookup(d=d, r=r) == marked(expected), (d, r)
-    for d, r in ((8193, 8), (511, 8), (4096, 9), (4096, 16), (4096, 2), (4096, 1)):
+    for d, r in ((4097, 8), (2048, 8), (4096, 9), (4096, 16), (4096, 2), (4096, 1), (512, 1), (1025, 1), (768, 2)):
         assert lookup(d=d, r=r) is None, (d, r)
 
 
@@ -152,8 +154,9 @@ def test_lookups_return_no_more_configurations_than_the_table_has(folders: dict[
     table = {key(N=n, d=d, r=r): marked(i) for i, (n, d, r) in enumerate(shapes)}
     write(folders["user"], table)
     draw = random.Random(3)
+    ranks = (1, 3, 4, 5, 33, 64)
     found = {
-        lookup(N=int(2 ** draw.uniform(0, 22)), d=draw.randint(1, 9000), r=draw.randint(1, 64)) for _ in range(20000)
+        lookup(N=int(2 ** draw.uniform(0, 22)), d=draw.randint(1, 9000), r=draw.choice(ranks)) for _ in range(20000)
     }
     assert found - {None} == set(table.values())
 
@@ -230,6 +233,12 @@ BROKEN = {
     ),
     "config type": (
         spoil(lambda t: t["entries"][0]["config"].update(TENSOR_CORES=True)), "TENSOR_CORES: expected .* got True",
+    ),
+    "config unfit": (
+        spoil(lambda t: t["entries"][0]["config"].update(BLOCK_D=2048)), "BLOCK_D: expected at least d = 4096",
+    ),
+    "config dot": (
+        spoil(lambda t: t["entries"][0]["config"].update(TENSOR_CORES=1)), "BLOCK_N: expected at least 16 .* got 1",
     ),
     "config float": (
         spoil(lambda t: t["entries"][0]["config"].update(num_warps=4.0)), "num_warps: expected .* got 4.0",
@@ -321,6 +330,19 @@ def test_use_config_is_seen_in_every_thread_and_ends(folders: dict[str, Path]) -
     with pytest.raises(RuntimeError, match="stop"), launch_configs.use_config("edit_forward", marked(3)):
         raise RuntimeError("stop")
     assert lookup() == marked(0)
+
+
+def test_a_configuration_that_does_not_cover_the_row_is_refused() -> None:
+    small = FORWARD._replace(BLOCK_D=4096)
+    with launch_configs.use_config("edit_forward", small):
+        assert lookup(d=4096) == small
+        with pytest.raises(ValueError, match=r"use_config: BLOCK_D: expected at least d = 4097 .* got 4096"):
+            lookup(d=4097)
+    dot = BACKWARD._replace(BLOCK_D=16)
+    assert config_tables.misfit(dot, 4096) is None
+    assert "ROWS_N: expected at least 16" in str(config_tables.misfit(dot._replace(ROWS_N=8), 4096))
+    assert "BLOCK_D: expected at least 16" in str(config_tables.misfit(dot._replace(BLOCK_D=8), 4096))
+    assert "BLOCK_D: expected at least d = 4096" in str(config_tables.misfit(dot._replace(TENSOR_CORES=0), 4096))
 
 
 def test_use_config_takes_its_own_op_only() -> None:

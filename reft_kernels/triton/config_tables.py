@@ -12,7 +12,7 @@ A file is named after its device (``nvidia_h100_80gb_hbm3.json``) and looks like
      "date": "2025-11-22",
      "entries": [
       {"op": "edit_forward", "h": "bfloat16", "parameters": "float32", "linear": true, "d": 4096, "r": 4, "N": 448,
-       "us": 4.9, "config": {"TENSOR_CORES": 0, "BLOCK_N": 1, "BLOCK_D": 1024, "num_warps": 4, "num_stages": 2}}
+       "us": 4.9, "config": {"TENSOR_CORES": 0, "BLOCK_N": 4, "BLOCK_D": 4096, "STAGES": 2, "num_warps": 8}}
      ]
     }
 
@@ -33,6 +33,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 FORMAT = 1
 HEADER = ("device", "capability", "torch", "triton", "reft_kernels", "date")
 DTYPES = ("float32", "float16", "bfloat16")
+MIN_DOT = 16  # tl.dot takes no dimension smaller than this
 
 
 def _powers(first: int, last: int) -> tuple[int, ...]:
@@ -45,9 +46,9 @@ class ForwardConfig(NamedTuple):
 
     TENSOR_CORES: Annotated[int, (0, 1)]
     BLOCK_N: Annotated[int, _powers(1, 128)]  # rows a program
-    BLOCK_D: Annotated[int, _powers(16, 4096)]  # columns a step
+    BLOCK_D: Annotated[int, _powers(4, 16384)]  # columns a step; without TENSOR_CORES at least d
+    STAGES: Annotated[int, tuple(range(1, 9))]  # loads in flight
     num_warps: Annotated[int, _powers(1, 16)]
-    num_stages: Annotated[int, tuple(range(1, 9))]
 
 
 class BackwardConfig(NamedTuple):
@@ -55,11 +56,11 @@ class BackwardConfig(NamedTuple):
 
     TENSOR_CORES: Annotated[int, (0, 1)]  # in phase 1
     ROWS_N: Annotated[int, _powers(1, 128)]  # rows a program, phase 1
-    BLOCK_D: Annotated[int, _powers(16, 4096)]  # columns a step, phase 1
+    BLOCK_D: Annotated[int, _powers(4, 16384)]  # columns a step, phase 1; without TENSOR_CORES at least d
     BLOCK_N: Annotated[int, _powers(16, 128)]  # rows a step, phase 2
     SLAB_D: Annotated[int, _powers(16, 512)]  # columns a program, phase 2
+    STAGES: Annotated[int, tuple(range(1, 9))]  # loads in flight
     num_warps: Annotated[int, _powers(1, 16)]
-    num_stages: Annotated[int, tuple(range(1, 9))]
 
 
 Config = ForwardConfig | BackwardConfig
@@ -130,6 +131,19 @@ def make_config(op: str, values: Mapping[str, Any]) -> Config:
     return kind(**values)
 
 
+def misfit(config: Config, d: int) -> str | None:
+    """Why a kernel could not edit rows of d columns with this configuration; None if it could."""
+    if not config.TENSOR_CORES:
+        if d > config.BLOCK_D:
+            return f"BLOCK_D: expected at least d = {d} where TENSOR_CORES is 0, got {config.BLOCK_D}"
+        return None
+    rows = "ROWS_N" if isinstance(config, BackwardConfig) else "BLOCK_N"
+    for name in (rows, "BLOCK_D"):
+        if getattr(config, name) < MIN_DOT:
+            return f"{name}: expected at least {MIN_DOT} where TENSOR_CORES is 1, got {getattr(config, name)}"
+    return None
+
+
 def read_table(path: Path) -> Table:
     """Reads and checks one file.
 
@@ -190,7 +204,11 @@ def _read_entry(values: Any) -> tuple[Key, Entry]:
     _expect("us", type(us) in (int, float) and 0 < us < float("inf"), "a positive number", us)
     _expect("config", isinstance(values["config"], dict), "an object", values["config"])
     key = Key(*(values[name] for name in Key._fields))
-    return key, Entry(make_config(key.op, values["config"]), us)
+    config = make_config(key.op, values["config"])
+    unfit = misfit(config, key.d)
+    if unfit is not None:
+        raise ValueError(unfit)
+    return key, Entry(config, us)
 
 
 def _expect(what: str, holds: bool, expected: object, got: object) -> None:

@@ -25,11 +25,11 @@ from typing import NamedTuple
 
 import torch
 
-from reft_kernels.triton.config_tables import CONFIGS, Config, Entry, Key, Table, TableError, read_table, slug
+from reft_kernels.triton.config_tables import CONFIGS, Config, Entry, Key, Table, TableError, misfit, read_table, slug
 
-# How far, as a ratio, d and N may be from what was measured.
-MAX_D_RATIO = 2
+# How far, as a ratio, N may be from what was measured.
 MAX_N_RATIO = 32
+MAX_GROUPS = 2
 
 SHIPPED_FOLDER = Path(__file__).parent / "configs"
 
@@ -59,11 +59,11 @@ def lookup(
 ) -> Config | None:
     """The measured configuration for one launch, or None: the caller then takes its heuristic.
 
-    The op, both dtypes and ``linear`` have to be the entry's. Of its r the power of two above it has to be the same,
-    so that the kernel's tiles are, and with them its registers and shared memory. Of those entries the ones with the
-    nearest d count (in log space, no further than a factor of two; a tie goes to the smaller d), then the ones with
-    the nearest r (a tie goes to the smaller r), then the one with the nearest N (in log space, no further than a
-    factor of 32; a tie goes to the smaller N).
+    The op, both dtypes and ``linear`` have to be the entry's. So have the powers of two that d and r are rounded up
+    to: with them the kernel's tiles are the same, hence they cover the row, and take the same registers and shared
+    memory. Of those entries the ones with the nearest d count (in log space; a tie goes to the smaller d), then the
+    ones with the nearest r (a tie goes to the smaller r), then the one with the nearest N (in log space, no further
+    than a factor of 32; a tie goes to the smaller N).
 
     Args:
         op: ``"edit_forward"`` or ``"edit_backward"``.
@@ -74,14 +74,16 @@ def lookup(
         h: dtype of h.
         parameters: dtype of R.
         linear: whether the activation is linear.
-        groups: number of weight sets; tables are measured with one, and have nothing for more.
+        groups: number of weight sets; tables are measured with one, and have nothing for more than two (a prefix's
+            and a suffix's).
 
     Raises:
         TableError: a file in ``$REFT_KERNELS_CONFIG_DIR`` is broken, or the folder is missing.
+        ValueError: the configuration of :func:`use_config` does not fit d.
     """
     if _forced and op in _forced:
-        return _forced[op]
-    if groups != 1:
+        return _fitting(_forced[op], d)
+    if groups > MAX_GROUPS:
         return None
     row = _row(op, device_name, h, parameters, linear, d, r)
     if row is None:
@@ -183,6 +185,13 @@ def _read_if_there(path: Path) -> Table | None:
         raise TableError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def _fitting(config: Config, d: int) -> Config:
+    unfit = misfit(config, d)
+    if unfit is not None:
+        raise ValueError(f"use_config: {unfit}")
+    return config
+
+
 @functools.cache
 def _entries(device_name: str) -> dict[Key, Entry]:
     """All entries of a device."""
@@ -203,8 +212,8 @@ def _row(
         key
         for key in entries
         if key[:4] == wanted
+        and (key.d - 1).bit_length() == (d - 1).bit_length()
         and (key.r - 1).bit_length() == (r - 1).bit_length()
-        and max(key.d, d) <= MAX_D_RATIO * min(key.d, d)
     ]
     if not near:
         return None
