@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reft_kernels.ops import NO_SECOND_DERIVATIVE, run_backward, run_forward
+from reft_kernels.ownership import owned
 from reft_kernels.problem import EditProblem, Needs, as_rows
+
+
+class Options(NamedTuple):
+    """How an edit is carried out; none of it changes what it computes."""
+
+    backend: str
+    inplace: bool
+    rebuild: bool  # in place: keep y for the backward instead of a copy of the rows before the edit
+    accumulate: bool  # add the gradients of R, W, b and c into their leaves' `.grad`
+
+
+def apply_edit(
+    h: Tensor, R: Tensor, W: Tensor | None, b: Tensor | None, c: Tensor | None, problem: EditProblem, options: Options
+) -> Tensor:
+    """:class:`EditFunction`, also of a tensor that an edit before it kept for its own backward."""
+    if options.inplace:
+        _keep_before_overwriting(h)
+    y: Tensor = EditFunction.apply(h, R, W, b, c, problem, options)
+    node: Any = y.grad_fn
+    if options.rebuild and isinstance(node, _Node):  # for a view of another tensor autograd puts a node of its own
+        node.version = y._version
+    return y
 
 
 class EditFunction(torch.autograd.Function):
     """y = D_p( h + scale * R^T ( f(W h + b) - gamma (R h + c) ) ); see :mod:`reft_kernels.reference`.
 
     Autograd sees the caller's own h, R, W, b and c; ``problem`` holds views of them in the backends' layout, so
-    that no view stands in the graph. Saves h itself, or, where the edit is in place, its named rows before the edit.
+    that no view stands in the graph. Saves h itself, or, where the edit is in place, its named rows before the edit
+    or y. A gradient that nothing else refers to is overwritten by that of h, any other is copied.
     """
 
     @staticmethod
@@ -28,28 +52,36 @@ class EditFunction(torch.autograd.Function):
         b: Tensor | None,
         c: Tensor | None,
         problem: EditProblem,
-        inplace: bool,
-        backend: str,
+        options: Options,
     ) -> Tensor:
-        """Returns y in the shape of h; h itself where ``inplace``."""
-        y, delta, s, rows = run_forward(problem, backend, inplace, save_rows=inplace)
+        """Returns y in the shape of h; h itself where ``options.inplace``."""
+        inplace, rebuild = options.inplace, options.rebuild
+        y, delta, s, rows = run_forward(problem, options.backend, inplace, save_rows=inplace and not rebuild)
         if inplace:
             ctx.mark_dirty(h)
-        slots = (problem.positions, problem.group, problem.scale, problem.seed)
-        ctx.save_for_backward(rows if inplace else h, R, W, b, c, *slots, delta, s)
-        ctx.settings = (problem.subtract, problem.activation, problem.dropout)
-        ctx.inplace, ctx.backend = inplace, backend
+            x = h.detach() if rebuild else rows  # detached: no cycle, and the version counter is still that of h
+        else:
+            x = h
+        ctx.save_for_backward(
+            x, R, W, b, c, problem.positions, problem.group, problem.scale, problem.seed, delta, s
+        )  # fmt: skip
+        ctx.settings = problem[9:]
+        ctx.options = options
         return h if inplace else y.view(h.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of h, R, W, b and c, those asked for."""
-        if ctx.inplace and torch.is_grad_enabled():
+        reuse = ctx.needs_input_grad[0] and owned(grad)  # before anything else refers to it
+        options: Options = ctx.options
+        create_graph = torch.is_grad_enabled()
+        if options.inplace and create_graph:
             # No tensor that is left leads to h before the edit, so a second derivative could not be told of it.
             raise NotImplementedError(f"{NO_SECOND_DERIVATIVE}; with inplace=True create_graph must be False")
-        saved = ctx.saved_tensors
+        saved = _saved_tensors(ctx)
         x, R, W, b, c, positions, group, scale, seed, delta, s = saved
-        if not ctx.inplace:
+        into = _places(ctx.needs_input_grad, R, W, b, c, group is not None) if options.accumulate else None
+        if options.rebuild or not options.inplace:
             x = as_rows(x, positions is not None)
         if group is None:
             R, W, b, c = (t if t is None else t.unsqueeze(0) for t in (R, W, b, c))
@@ -57,24 +89,89 @@ class EditFunction(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:5])
         rows = as_rows(grad, positions is not None)
         with torch.no_grad():
-            dh, *rest = run_backward(rows, problem, delta, s, needs, ctx.backend)
-        if dh is not None:
+            dh, *rest = run_backward(
+                rows, problem, delta, s, needs, options.backend, inplace=reuse, rebuild=options.rebuild, into=into
+            )
+        if reuse:
+            dh = grad
+        elif dh is not None and dh.shape != grad.shape:
             dh = dh.view(grad.shape)
+        if into is not None:
+            rest = [None if place is not None else t for t, place in zip(rest, into, strict=True)]
         if group is None:
             rest = [t if t is None else t.squeeze(0) for t in rest]
-        return *first_derivative_only((dh, *rest), (grad, *saved)), None, None, None
+        gradients = (dh, *rest)
+        if create_graph:
+            gradients = first_derivative_only(gradients, (grad, *saved))
+        return *gradients, None, None
+
+
+_Node: Any = EditFunction._backward_cls
+
+
+def saves_through_hooks() -> bool:
+    """Whether hooks handle what is saved for the backward (``torch.autograd.graph.saved_tensors_hooks``)."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
+
+
+def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if not ctx.options.rebuild or "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error}\nreft_kernels: this edit was made in place with rebuild=True, which keeps h itself for the "
+            "backward. If it is h that was written after the edit, pass rebuild=False: a copy of the edited rows is "
+            "then kept instead"
+        ) from error
+    return saved
+
+
+def _keep_before_overwriting(h: Tensor) -> None:
+    """Where h is the result of an edit that kept it for its backward, that edit gets a copy of its own."""
+    node: Any = h.grad_fn
+    if isinstance(node, _Node) and node.options.rebuild and node.version == h._version:
+        node._raw_saved_tensors[0].register_hooks(_copy, _itself)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _places(
+    needed: tuple[bool, ...], R: Tensor, W: Tensor | None, b: Tensor | None, c: Tensor | None, grouped: bool
+) -> tuple[Tensor | None, ...] | None:
+    """The `.grad` of those of R, W, b and c that are leaves and have one to add to, in the layout [G, ...]."""
+    places = tuple(_place(t) if need else None for t, need in zip((R, W, b, c), needed[1:5], strict=True))
+    if all(place is None for place in places):
+        return None
+    return places if grouped else tuple(t if t is None else t.unsqueeze(0) for t in places)
+
+
+def _place(leaf: Tensor | None) -> Tensor | None:
+    """A leaf's `.grad`, where it can be added to and nobody waits for the gradient that is added."""
+    if leaf is None or not leaf.is_leaf or leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
+        return None
+    grad = leaf.grad
+    if grad is None or grad.layout != torch.strided or grad.dtype != leaf.dtype:
+        return None
+    return grad if grad.is_contiguous() and not grad.requires_grad else None
 
 
 def first_derivative_only(
     gradients: tuple[Tensor | None, ...], inputs: Iterable[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients as they are; under ``create_graph=True`` such that differentiating them raises.
+    """Gradients as they are, but such that differentiating them raises; for ``create_graph=True``.
 
     Without it autograd would take them for constants, and a second derivative would be wrong in silence. ``inputs``
     are the tensors that the gradients depend on.
     """
-    if not torch.is_grad_enabled():
-        return gradients
     anchors = [t for t in inputs if t is not None and t.requires_grad]
     return _FirstDerivative.apply(len(gradients), *gradients, *anchors)  # type: ignore[no-any-return]
 

@@ -41,11 +41,12 @@ def run_forward(problem: EditProblem, backend: str, inplace: bool, save_rows: bo
 
 
 def run_backward(
-    grad: Tensor, problem: EditProblem, delta: Tensor, s: Tensor, needs: Needs, backend: str
+    grad: Tensor, problem: EditProblem, delta: Tensor, s: Tensor, needs: Needs, backend: str, **how: Any
 ) -> tuple[Tensor | None, ...]:
-    """dh, dR, dW, db, dc, by the backend asked for; None where not needed."""
+    """dh, dR, dW, db, dc, by the backend asked for; None where not needed. ``how``: inplace, rebuild and into."""
+    how = {name: value for name, value in how.items() if value}
     with without_autocast(grad.device):
-        return choose(backend, problem).edit_backward(grad, problem, delta, s, needs)
+        return choose(backend, problem).edit_backward(grad, problem, delta, s, needs, **how)
 
 
 def _edit_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,17 +1,22 @@
 """The edit in plain PyTorch operations, on any device: what runs where no kernel does.
 
-Gathers the named rows, edits them in the accumulator's dtype and writes them back, without reading anything
-back to the host. With G weight sets each is applied to all named rows and a mask picks, which costs G times the
-arithmetic of one.
+Reads the named rows, edits them in the accumulator's dtype and writes them back, without reading anything back to
+the host: slots without a row (-1) are computed along and masked. With G weight sets each is applied to all named rows
+and a mask picks, which costs G times the arithmetic of one and keeps what is not finite in one set's rows or weights
+out of the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reft_kernels.philox import keep_mask
-from reft_kernels.problem import EditProblem, Needs, accumulator_of
+from reft_kernels.problem import EditProblem, Needs
 from reft_kernels.reference import activate, activation_slope
 
 name = "eager"
@@ -37,212 +42,262 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
     """
     p = problem
     dtype = p.accumulator
-    before = _gather(p.h, p.positions)  # [N, d]
+    slots = _slots(p, p.h.shape)
+    before = _read(p.h, slots)  # [N, d]
     x = before.to(dtype)
-    edited = _edited(p, p.h.shape[1])
-    group = None if p.group is None else p.group.reshape(-1)
+    R = p.R.to(dtype)
 
     s = x.new_empty(0)
+    r = R.shape[1]
     if p.activation == "linear":
-        down = _linear_down(p, dtype)
-        delta = x.new_zeros(x.shape[0], p.R.shape[1]) if down is None else _down(x, down, group)
-        for bias, sign in ((p.b, 1), (p.c if p.subtract else None, -1)):
-            if bias is not None:
-                delta = delta.add(_pick(bias, group).to(dtype), alpha=sign)
+        weight, bias = _linear_down(p, R, dtype)
+        delta = _down(x, weight, bias, slots, r)
     else:
-        s = x.new_zeros(x.shape[0], p.R.shape[1]) if p.W is None else _down(x, p.W.to(dtype), group)
-        if p.b is not None:
-            s = s + _pick(p.b, group).to(dtype)
+        W, b = (None if t is None else t.to(dtype) for t in (p.W, p.b))
+        s = _down(x, W, b, slots, r)
         delta = activate(s, p.activation)
         if p.subtract:
-            delta = delta - _down(x, p.R.to(dtype), group)
-            if p.c is not None:
-                delta = delta - _pick(p.c, group).to(dtype)
-    if edited is not None:
-        delta = delta.where(edited[:, None], 0)
-        s = s.where(edited[:, None], 0) if s.numel() else s
+            delta = delta - _down(x, R, None if p.c is None else p.c.to(dtype), slots, r)
+    if slots.edited is not None:
+        delta = delta.where(slots.edited, 0)
+        s = s.where(slots.edited, 0) if s.numel() else s
 
-    scaled = delta if p.scale is None else delta * p.scale.reshape(-1, 1).to(dtype)
-    after = x + _up(scaled, p.R.to(dtype), group)
+    # Without positions `before` may be a view of h, which is written below.
+    saved = (before.clone() if slots.row is None else before) if save_rows else p.h.new_empty(0)
+    scaled = _scaled(delta, p, slots)
+    whole = slots.row is None and slots.edited is None
+    if inplace and whole and p.dropout == 0 and x is before and _matrix(p.h) is not None:  # x is a view of h
+        _add_up(x, scaled, R, slots, out=x)
+        return p.h, delta, s, saved
+    after = _add_up(x, scaled, R, slots)
     if p.dropout > 0:
-        after = after.mul_(_keep_factor(p, p.h.shape, dtype))
-    after = after.to(p.h.dtype)
-    if edited is not None:
-        after = after.where(edited[:, None], before)
-    # Without positions `before` may be a view of h, which the write below may change.
-    saved = (before.clone() if p.positions is None else before) if save_rows else p.h.new_empty(0)
-    y = _write(p.h, p.positions, after, edited, inplace)
-    return y, delta, s, saved
+        after = after.mul_(_keep_factor(p, slots, p.h.shape, dtype))
+    return _write(p.h, slots, after.to(p.h.dtype), before, inplace), delta, s, saved
 
 
 def edit_backward(
-    grad: Tensor, problem: EditProblem, delta: Tensor, s: Tensor, needs: Needs
+    grad: Tensor,
+    problem: EditProblem,
+    delta: Tensor,
+    s: Tensor,
+    needs: Needs,
+    *,
+    inplace: bool = False,
+    rebuild: bool = False,
+    into: tuple[Tensor | None, ...] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Computes the gradients asked for, from what :func:`edit_forward` returned.
 
-    ``grad`` is dL/dy [B, S, d] and is not written. Returns dh [B, S, d], dR, dW, db, dc in the shapes and dtypes of
-    their inputs; None where not needed.
+    Args:
+        grad: dL/dy [B, S, d]; not written unless ``inplace``.
+        problem: of the forward; its h is the tensor before the edit [B, S, d] or the saved rows [N, d].
+        delta, s: of the forward.
+        needs: which gradients are asked for.
+        inplace: ``grad`` may be overwritten: dh is then ``grad`` itself, of which the edited rows are written.
+        rebuild: h is y [B, S, d], the tensor after the edit; the rows before it are y - scale * R^T delta. Never with
+            dropout.
+        into: for dR, dW, db and dc a contiguous tensor of their shape and of any floating dtype, or None. A gradient is
+            added into its tensor, which is returned for it.
+
+    Returns:
+        dh [B, S, d], dR, dW, db, dc in the shapes and dtypes of their inputs; None where not needed.
     """
     p = problem
     dtype = p.accumulator
-    edited = _edited(p, grad.shape[1])
-    group = None if p.group is None else p.group.reshape(-1)
-    groups = p.R.shape[0]
-    before = _gather(grad, p.positions)
+    slots = _slots(p, grad.shape)
+    before = _read(grad, slots)
     g = before.to(dtype)
     if p.dropout > 0:
-        g = g * _keep_factor(p, grad.shape, dtype)
-    if edited is not None:  # rows that are not edited may hold anything, infinities included
-        g = g.where(edited[:, None], 0)
-
+        g = g * _keep_factor(p, slots, grad.shape, dtype)
+    if slots.edited is not None:  # rows that are not edited may hold anything, infinities included
+        g = g.where(slots.edited, 0)
     R = p.R.to(dtype)
-    gd = _down(g, R, group)  # [N, r]
-    if p.scale is not None:
-        gd = gd * p.scale.reshape(-1, 1).to(dtype)
+    gd = _scaled(_down(g, R, None, slots, R.shape[1]), p, slots)  # [N, r]
     gs = gd if p.activation == "linear" else gd * activation_slope(s, p.activation)
-    if edited is not None:
-        gd, gs = gd.where(edited[:, None], 0), gs.where(edited[:, None], 0)
 
     dh = dR = dW = db = dc = None
+    wanted_W = needs.W and p.W is not None
+    if needs.R or wanted_W:  # before dh, which may overwrite what g is a view of
+        scaled = _scaled(delta, p, slots)
+        x = None
+        if wanted_W or p.subtract:
+            x = (p.h if p.h.dim() == 2 else _read(p.h, slots)).to(dtype)
+            if rebuild:
+                x = _add_up(x, scaled, R, slots, sign=-1)
+            if slots.edited is not None:
+                x = x.where(slots.edited, 0)
+        if wanted_W:
+            assert x is not None
+            dW = _outer(gs, x, slots)
+        if needs.R:
+            cross = None
+            if p.subtract:
+                assert x is not None
+                cross = dW if dW is not None and p.activation == "linear" else _outer(gd, x, slots)
+            dR = _outer(scaled, g, slots, minus=cross)
+    if needs.b and p.b is not None:
+        db = _sum_by_group(gs, slots)
+    if needs.c and p.c is not None:
+        dc = -_sum_by_group(gd, slots)
     if needs.h:
         after = g
         if p.activation == "linear":
-            down = _linear_down(p, dtype)
-            if down is not None:
-                after = g + _up(gd, down, group)
+            weight, _ = _linear_down(p, R, dtype)
+            if weight is not None:
+                after = _add_up(after, gd, weight, slots)
         else:
             if p.W is not None:
-                after = after + _up(gs, p.W.to(dtype), group)
+                after = _add_up(after, gs, p.W.to(dtype), slots)
             if p.subtract:
-                after = after - _up(gd, R, group)
-        after = after.to(grad.dtype, copy=after is g)  # g may be a view of the caller's grad
-        if edited is not None:
-            after = after.where(edited[:, None], before)
-        dh = _write(grad, p.positions, after, edited, inplace=False)
-    if needs.R or (needs.W and p.W is not None):
-        x = (p.h if p.h.dim() == 2 else _gather(p.h, p.positions)).to(dtype)
-        if edited is not None:
-            x = x.where(edited[:, None], 0)
-        if needs.W and p.W is not None:
-            dW = _outer(gs, x, group, groups)
-        if needs.R:
-            scaled = delta if p.scale is None else delta * p.scale.reshape(-1, 1).to(dtype)
-            if edited is not None:
-                scaled = scaled.where(edited[:, None], 0)
-            dR = _outer(scaled, g, group, groups)
-            if p.subtract:
-                shared = dW is not None and p.activation == "linear"
-                dR -= dW if shared and dW is not None else _outer(gd, x, group, groups)
-            dR = dR.to(p.R.dtype)
-        if dW is not None and p.W is not None:
-            dW = dW.to(p.W.dtype)
-    if needs.b and p.b is not None:
-        db = _sum_by_group(gs, group, groups).to(p.b.dtype)
-    if needs.c and p.c is not None:
-        dc = -_sum_by_group(gd, group, groups).to(p.c.dtype)
+                after = _add_up(after, gd, R, slots, sign=-1)
+        after = after.to(grad.dtype, copy=after is g and not inplace)  # g may be a view of the caller's grad
+        dh = _write(grad, slots, after, before, inplace)
+    found = zip((dR, dW, db, dc), (p.R, p.W, p.b, p.c), into or (None,) * 4, strict=True)
+    dR, dW, db, dc = (_deliver(value, parameter, place) for value, parameter, place in found)
     return dh, dR, dW, db, dc
 
 
-def _edited(p: EditProblem, length: int) -> Tensor | None:
-    """bool [N], which rows are edited; None if all are."""
-    edited = None
+class _Slots(NamedTuple):
+    """Which rows the slots of an edit name."""
+
+    row: Tensor | None  # int64 [N], into [B * S, d]; without a row: that of position 0. None: slot n is row n
+    edited: Tensor | None  # bool [N, 1]; None: every slot is edited
+    own: list[Tensor] | None  # bool [N, 1] of every group: which slots are its own; None: one group without a choice
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.own is None else len(self.own)
+
+
+def _slots(p: EditProblem, shape: torch.Size) -> _Slots:
+    row = edited = own = None
     if p.positions is not None:
-        edited = (p.positions >= 0) & (p.positions < length)
+        length = max(shape[1], 1)
+        start = torch.arange(0, shape[0] * length, length, device=p.positions.device).unsqueeze(1)
+        inside = p.positions.clamp(0, length - 1)
+        edited = inside == p.positions if shape[1] else torch.zeros_like(inside, dtype=torch.bool)
+        row = (start + inside).reshape(-1)
     if p.group is not None:
-        known = (p.group >= 0) & (p.group < p.R.shape[0])
+        known = p.group.clamp(0, p.R.shape[0] - 1) == p.group
         edited = known if edited is None else edited & known
-    return None if edited is None else edited.reshape(-1)
+        group = p.group.reshape(-1, 1)
+        own = [group == g for g in range(p.R.shape[0])]
+    return _Slots(row, None if edited is None else edited.reshape(-1, 1), own)
 
 
-def _index(shape: torch.Size, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Batch and position of every slot, each int64 [N]; a slot without a position points at position 0."""
-    batch = torch.arange(shape[0], device=positions.device)[:, None].expand(positions.shape)
-    return batch.reshape(-1), positions.long().clamp(0, max(shape[1] - 1, 0)).reshape(-1)
+def _matrix(h: Tensor) -> Tensor | None:
+    """h [B, S, d] as a view [B * S, d]; None where its strides do not allow one."""
+    batch, length, d = h.shape
+    if batch <= 1 or length <= 1 or h.stride(0) == length * h.stride(1):
+        return h.view(batch * length, d)
+    return None
 
 
-def _gather(h: Tensor, positions: Tensor | None) -> Tensor:
-    """The slots' rows of h [B, S, d], as [N, d]."""
-    if positions is None:
+def _read(h: Tensor, slots: _Slots) -> Tensor:
+    """The slots' rows of h [B, S, d], as [N, d]; without positions a view of it where there is one."""
+    if slots.row is None:
         return h.reshape(-1, h.shape[-1])
-    if h.shape[1] == 0:
-        return h.new_zeros(positions.numel(), h.shape[-1])
-    return h[_index(h.shape, positions)]
+    length = h.shape[1]
+    if length == 0:
+        return h.new_zeros(slots.row.shape[0], h.shape[-1])
+    flat = _matrix(h)
+    return h[slots.row // length, slots.row % length] if flat is None else flat.index_select(0, slots.row)
 
 
-def _write(h: Tensor, positions: Tensor | None, rows: Tensor, edited: Tensor | None, inplace: bool) -> Tensor:
-    """h with its slots' rows replaced by ``rows`` [N, d], where edited."""
-    if positions is None:
+def _write(h: Tensor, slots: _Slots, rows: Tensor, before: Tensor, inplace: bool) -> Tensor:
+    """h with its slots' rows replaced by ``rows`` [N, d], where edited; there they are ``before`` as h has them."""
+    if slots.edited is not None:
+        rows = rows.where(slots.edited, before)
+    if slots.row is None:
         return h.copy_(rows.view(h.shape)) if inplace else rows.contiguous().view(h.shape)
     y = h if inplace else h.clone(memory_format=torch.contiguous_format)
-    if rows.numel() == 0 or h.shape[1] == 0:
+    length = h.shape[1]
+    if rows.numel() == 0 or length == 0:
         return y
-    batch, position = _index(h.shape, positions)
-    if edited is not None:
+    row = slots.row
+    if slots.edited is not None:
         # A slot without an edit repeats the first edited slot's write: the same values to the same row, whatever
-        # the order. If no slot is edited, slot 0 writes back what it read.
-        first = edited.to(torch.uint8).argmax().view(1)
-        batch, position = (i.where(edited, i.index_select(0, first)) for i in (batch, position))
-        rows = rows.where(edited[:, None], rows.index_select(0, first))
-    return y.index_put_((batch, position), rows)
+        # the order. If no slot is edited, every slot writes back what slot 0 read.
+        first = slots.edited.max(0).indices
+        source = torch.arange(row.shape[0], device=row.device).where(slots.edited.squeeze(1), first)
+        row, rows = row.index_select(0, source), rows.index_select(0, source)
+    flat = _matrix(y)
+    if flat is None:
+        y.index_put_((row // length, row % length), rows)
+    else:
+        flat.index_put_((row,), rows)
+    return y
 
 
-def _keep_factor(p: EditProblem, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _keep_factor(p: EditProblem, slots: _Slots, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """0 or 1 / (1 - dropout) for every element of the slots' rows, [N, d]."""
     assert p.seed is not None
-    if p.positions is None:
-        rows = torch.arange(shape[0] * shape[1], device=p.R.device)
-    else:
-        batch, position = _index(shape, p.positions)
-        rows = batch * shape[1] + position
-    return keep_mask(p.seed, rows, shape[2], p.dropout).to(dtype) / (1 - p.dropout)
+    row = torch.arange(shape[0] * shape[1], device=p.R.device) if slots.row is None else slots.row
+    return keep_mask(p.seed, row, shape[2], p.dropout).to(dtype) / (1 - p.dropout)
 
 
-def _linear_down(p: EditProblem, dtype: torch.dtype) -> Tensor | None:
-    """A = W - gamma R, formed before any rounding: the one product of a linear edit. None if A = 0."""
-    if p.W is None:
-        return -p.R.to(dtype) if p.subtract else None
-    wide = accumulator_of(dtype, p.R.dtype)
-    return p.W.to(wide) - p.R.to(wide) if p.subtract else p.W.to(wide)
+def _linear_down(p: EditProblem, R: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The one product of a linear edit, delta = A h + e: A = W - gamma R [G, r, d], e = b - gamma c [G, r], formed
+    before any rounding; None for zero."""
+    weight = None if p.W is None else p.W.to(dtype)
+    bias = None if p.b is None else p.b.to(dtype)
+    if p.subtract:
+        weight = -R if weight is None else weight - R
+        if p.c is not None:
+            bias = -p.c.to(dtype) if bias is None else bias - p.c.to(dtype)
+    return weight, bias
 
 
-def _pick(bias: Tensor, group: Tensor | None) -> Tensor:
-    """The bias [G, r] of every row: [N, r], or [r] for all alike."""
-    return bias[0] if group is None else bias[group.long().clamp(0, bias.shape[0] - 1)]
+def _scaled(u: Tensor, p: EditProblem, slots: _Slots) -> Tensor:
+    """scale * u for rows u [N, r]; 0 where not edited, whatever the scale is there."""
+    if p.scale is None:
+        return u
+    u = u * p.scale.reshape(-1, 1).to(u.dtype)
+    return u if slots.edited is None else u.where(slots.edited, 0)
 
 
-def _down(x: Tensor, weight: Tensor, group: Tensor | None) -> Tensor:
-    """x weight^T by group: [N, d] and [G, r, d] to [N, r]."""
-    if group is None:
-        return x @ weight[0].T
-    out = x.new_zeros(x.shape[0], weight.shape[1])
-    for g in range(weight.shape[0]):
-        out = (x @ weight[g].T).where((group == g)[:, None], out)
+def _down(x: Tensor, weight: Tensor | None, bias: Tensor | None, slots: _Slots, r: int) -> Tensor:
+    """x weight^T + bias by group, None for zero: [N, d], [G, r, d] and [G, r] to [N, r]."""
+    biases: Iterable[Tensor | None] = [None] * slots.groups if bias is None else bias
+    if weight is None:
+        zero = x.new_zeros(x.shape[0], r)
+        return _by_group((zero if e is None else zero + e for e in biases), slots)
+    return _by_group((F.linear(x, w, e) for w, e in zip(weight, biases, strict=True)), slots)
+
+
+def _by_group(parts: Iterable[Tensor], slots: _Slots) -> Tensor:
+    """Of one tensor [N, ...] for each group every row from its own group's; rows without a group from the first."""
+    out, *others = parts
+    if slots.own is not None:
+        for own, part in zip(slots.own[1:], others, strict=True):
+            out = part.where(own, out)
     return out
 
 
-def _up(u: Tensor, weight: Tensor, group: Tensor | None) -> Tensor:
-    """u weight by group: [N, r] and [G, r, d] to [N, d]."""
-    if group is None:
-        return u @ weight[0]
-    out = u.new_zeros(u.shape[0], weight.shape[2])
-    for g in range(weight.shape[0]):
-        out = (u @ weight[g]).where((group == g)[:, None], out)
-    return out
+def _add_up(x: Tensor, u: Tensor, weight: Tensor, slots: _Slots, *, sign: int = 1, out: Tensor | None = None) -> Tensor:
+    """x + sign * u weight by group: [N, d], [N, r] and [G, r, d] to [N, d]; into ``out`` (x itself) where given."""
+    if weight.shape[0] == 1:
+        return torch.addmm(x, u, weight[0], alpha=sign, out=out)
+    return torch.add(x, _by_group((u @ w for w in weight), slots), alpha=sign, out=out)
 
 
-def _outer(left: Tensor, right: Tensor, group: Tensor | None, groups: int) -> Tensor:
-    """left^T right by group: [N, r] and [N, d] to [G, r, d]."""
-    if group is None:
-        return (left.T @ right)[None]
-    parts = []
-    for g in range(groups):
-        own = (group == g)[:, None]
-        parts.append(left.where(own, 0).T @ right.where(own, 0))
-    return torch.stack(parts)
+def _outer(left: Tensor, right: Tensor, slots: _Slots, minus: Tensor | None = None) -> Tensor:
+    """left^T right - minus by group: [N, r], [N, d] and [G, r, d] to [G, r, d]."""
+    if slots.own is None:
+        return (left.T @ right if minus is None else torch.addmm(minus[0], left.T, right, beta=-1)).unsqueeze(0)
+    parts = torch.stack([left.where(own, 0).T @ right.where(own, 0) for own in slots.own])
+    return parts if minus is None else parts.sub_(minus)
 
 
-def _sum_by_group(rows: Tensor, group: Tensor | None, groups: int) -> Tensor:
+def _sum_by_group(rows: Tensor, slots: _Slots) -> Tensor:
     """[N, r] summed over the rows of each group: [G, r]."""
-    if group is None:
+    if slots.own is None:
         return rows.sum(0, keepdim=True)
-    return torch.stack([rows.where((group == g)[:, None], 0).sum(0) for g in range(groups)])
+    return torch.stack([rows.where(own, 0).sum(0) for own in slots.own])
+
+
+def _deliver(value: Tensor | None, parameter: Tensor | None, place: Tensor | None) -> Tensor | None:
+    """A gradient in its parameter's dtype, or added into its place."""
+    if value is None or parameter is None:
+        return None
+    return value.to(parameter.dtype) if place is None else place.add_(value)

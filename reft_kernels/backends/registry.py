@@ -27,9 +27,24 @@ class Backend(Protocol):
         """y, delta, s, rows before the edit."""
 
     def edit_backward(
-        self, grad: Tensor, problem: EditProblem, delta: Tensor, s: Tensor, needs: Needs
+        self,
+        grad: Tensor,
+        problem: EditProblem,
+        delta: Tensor,
+        s: Tensor,
+        needs: Needs,
+        *,
+        inplace: bool = False,
+        rebuild: bool = False,
+        into: tuple[Tensor | None, ...] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """dh, dR, dW, db, dc."""
+        """dh, dR, dW, db, dc.
+
+        With ``inplace`` grad [B, S, d] may be overwritten: dh is grad itself, of which the edited rows are written.
+        With ``rebuild`` problem.h is y [B, S, d], the tensor after the edit, and the rows before it are
+        y - scale * R^T delta; never with dropout. ``into`` names for each of dR, dW, db and dc a contiguous tensor of
+        its shape and of a dtype of its own, to which the gradient is added and which is returned for it, or None.
+        """
 
 
 # In the order in which `auto` tries them.
