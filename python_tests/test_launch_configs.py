@@ -35,7 +35,7 @@ FILE = "nvidia_h100_80gb_hbm3.json"
 HEADER = dict.fromkeys(config_tables.HEADER, "1.0") | {"device": DEVICE, "date": "2025-01-01"}
 FORWARD = ForwardConfig(TENSOR_CORES=0, BLOCK_N=1, BLOCK_D=16384, STAGES=2, num_warps=4)
 BACKWARD = BackwardConfig(
-    TENSOR_CORES=1, ROWS_N=16, BLOCK_D=128, BLOCK_N=32, SLAB_D=32, STAGES=3, num_warps=8
+    TENSOR_CORES=1, ROWS_N=16, BLOCK_D=128, BLOCK_N=32, SLAB_D=32, SLAB_STAGES=2, STAGES=3, num_warps=8
 )  # fmt: skip
 
 
@@ -74,13 +74,13 @@ def write(folder: Path, entries: dict[Key, Config], file: str = FILE) -> Path:
 
 
 def lookup(device: str = DEVICE, **changes: Any) -> Config | None:
-    """The configuration for one launch; the arguments of :func:`key` and groups."""
-    groups = changes.pop("groups", 1)
+    """The configuration for one launch; the arguments of :func:`key`, groups and dropout."""
+    more = {name: changes.pop(name) for name in ("groups", "dropout") if name in changes}
     wanted = key(**changes)
     h, parameters = getattr(torch, wanted.h), getattr(torch, wanted.parameters)
     return launch_configs.lookup(
         wanted.op, device, N=wanted.N, d=wanted.d, r=wanted.r, h=h, parameters=parameters, linear=wanted.linear,
-        groups=groups,
+        **more,
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_every_part_of_the_key_counts(folders: dict[str, Path]) -> None:
     write(folders["user"], {key(): FORWARD, key(op="edit_backward"): BACKWARD})
     assert lookup() == FORWARD
     assert lookup(op="edit_backward") == BACKWARD
-    for other in ({"h": "float16"}, {"parameters": "bfloat16"}, {"linear": False}, {"groups": 3}):
+    for other in ({"h": "float16"}, {"parameters": "bfloat16"}, {"linear": False}, {"groups": 3}, {"dropout": 0.1}):
         assert lookup(**other) is None, other
     assert lookup(groups=2) == FORWARD
     assert lookup("NVIDIA H100 PCIe") is None

@@ -59,7 +59,8 @@ class BackwardConfig(NamedTuple):
     BLOCK_D: Annotated[int, _powers(4, 16384)]  # columns a step, phase 1; without TENSOR_CORES at least d
     BLOCK_N: Annotated[int, _powers(16, 128)]  # rows a step, phase 2
     SLAB_D: Annotated[int, _powers(16, 512)]  # columns a program, phase 2
-    STAGES: Annotated[int, tuple(range(1, 9))]  # loads in flight
+    SLAB_STAGES: Annotated[int, tuple(range(1, 9))]  # loads in flight, phase 2
+    STAGES: Annotated[int, tuple(range(1, 9))]  # loads in flight, phase 1
     num_warps: Annotated[int, _powers(1, 16)]
 
 

@@ -56,6 +56,7 @@ def lookup(
     parameters: torch.dtype,
     linear: bool,
     groups: int = 1,
+    dropout: float = 0.0,
 ) -> Config | None:
     """The measured configuration for one launch, or None: the caller then takes its heuristic.
 
@@ -76,6 +77,7 @@ def lookup(
         linear: whether the activation is linear.
         groups: number of weight sets; tables are measured with one, and have nothing for more than two (a prefix's
             and a suffix's).
+        dropout: probability of dropout; it takes registers, tables are measured without and have nothing for it.
 
     Raises:
         TableError: a file in ``$REFT_KERNELS_CONFIG_DIR`` is broken, or the folder is missing.
@@ -83,7 +85,7 @@ def lookup(
     """
     if _forced and op in _forced:
         return _fitting(_forced[op], d)
-    if groups > MAX_GROUPS:
+    if groups > MAX_GROUPS or dropout > 0:
         return None
     row = _row(op, device_name, h, parameters, linear, d, r)
     if row is None:
