@@ -19,11 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """Versions (None where a package is missing), devices, and a reason or "ok" for every backend."""
+    """Versions (None where a package is missing), devices and their launch configurations, backends.
+
+    Of a backend "ok" or a reason; of a GPU the tables that its launch configurations come from, or what is wrong with
+    them.
+    """
     import torch
 
     import reft_kernels
     from reft_kernels.functional import available_backends
+    from reft_kernels.triton import config_tables, launch_configs
 
     versions: dict[str, str | None] = {
         "reft_kernels": reft_kernels.__version__,
@@ -34,11 +39,21 @@ def collect() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    configs = {}
     devices = [f"cpu, {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         devices.append(f"cuda:{index}, {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
-    return {"versions": versions, "devices": devices, "backends": available_backends()}
+        try:
+            configs[f"cuda:{index}"] = launch_configs.describe(gpu.name)
+        except config_tables.TableError as error:
+            configs[f"cuda:{index}"] = str(error)
+    return {
+        "versions": versions,
+        "devices": devices,
+        "backends": available_backends(),
+        "launch_configs": configs,
+    }
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,3 +68,5 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{'device':14}{device}")
     for name, reason in found["backends"].items():
         print(f"{'backend':14}{name}: {reason}")
+    for name, source in found["launch_configs"].items():
+        print(f"{'configs':14}{name}: {source}")
