@@ -93,9 +93,7 @@ def test_a_dry_run_lists_the_candidates_and_writes_nothing(capsys: pytest.Captur
         block = said.partition(f"{forward(n)}: {len(todo)} candidates\n")[2].splitlines()[: len(todo)]
         assert block[0].endswith("(heuristic)")
         assert len(set(block)) == len(todo)
-        assert all(
-            re.match(r"  TENSOR_CORES=\d BLOCK_N=\d+ BLOCK_D=\d+ STAGES=\d num_warps=\d", line) for line in block
-        )
+        assert all(re.match(r"  METHOD=\w+ BLOCK_N=\d+ BLOCK_D=\d+ STAGES=\d num_warps=\d", line) for line in block)
     assert said.endswith(f"2 cases, {total} candidates\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -309,8 +307,8 @@ def test_candidates_come_by_how_little_they_differ_from_the_heuristic() -> None:
     todo = candidates(key, heuristic(key, CPU))
     differing = [sum(a != b for a, b in zip(config, todo[0], strict=True)) for config in todo]
     assert differing[1:4] == [1, 1, 1]
-    assert {config.TENSOR_CORES for config in todo} == {0, 1}
-    assert todo[1].TENSOR_CORES == todo[0].TENSOR_CORES
+    assert {config.METHOD for config in todo} == {"rows", "weights", "tiles"}
+    assert todo[1].METHOD == todo[0].METHOD
 
 
 def test_rounding_is_no_mismatch_and_a_wrong_edit_is() -> None:

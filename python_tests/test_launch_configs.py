@@ -33,9 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "NVIDIA H100 80GB HBM3"
 FILE = "nvidia_h100_80gb_hbm3.json"
 HEADER = dict.fromkeys(config_tables.HEADER, "1.0") | {"device": DEVICE, "date": "2025-01-01"}
-FORWARD = ForwardConfig(TENSOR_CORES=0, BLOCK_N=1, BLOCK_D=16384, STAGES=2, num_warps=4)
+FORWARD = ForwardConfig(METHOD="rows", BLOCK_N=1, BLOCK_D=16384, STAGES=2, num_warps=4)
 BACKWARD = BackwardConfig(
-    TENSOR_CORES=1, ROWS_N=16, BLOCK_D=128, BLOCK_N=32, SLAB_D=32, SLAB_STAGES=2, STAGES=3, num_warps=8
+    METHOD="tiles", ROWS_N=16, BLOCK_D=128, BLOCK_N=32, SLAB_D=32, SLAB_STAGES=2, STAGES=3, num_warps=8
 )  # fmt: skip
 
 
@@ -74,8 +74,8 @@ def write(folder: Path, entries: dict[Key, Config], file: str = FILE) -> Path:
 
 
 def lookup(device: str = DEVICE, **changes: Any) -> Config | None:
-    """The configuration for one launch; the arguments of :func:`key`, groups and dropout."""
-    more = {name: changes.pop(name) for name in ("groups", "dropout") if name in changes}
+    """The configuration for one launch; the arguments of :func:`key`, grouped and dropout."""
+    more = {name: changes.pop(name) for name in ("grouped", "dropout") if name in changes}
     wanted = key(**changes)
     h, parameters = getattr(torch, wanted.h), getattr(torch, wanted.parameters)
     return launch_configs.lookup(
@@ -110,9 +110,8 @@ def test_every_part_of_the_key_counts(folders: dict[str, Path]) -> None:
     write(folders["user"], {key(): FORWARD, key(op="edit_backward"): BACKWARD})
     assert lookup() == FORWARD
     assert lookup(op="edit_backward") == BACKWARD
-    for other in ({"h": "float16"}, {"parameters": "bfloat16"}, {"linear": False}, {"groups": 3}, {"dropout": 0.1}):
+    for other in ({"h": "float16"}, {"parameters": "bfloat16"}, {"linear": False}, {"grouped": True}, {"dropout": 0.1}):
         assert lookup(**other) is None, other
-    assert lookup(groups=2) == FORWARD
     assert lookup("NVIDIA H100 PCIe") is None
 
 
@@ -232,13 +231,19 @@ BROKEN = {
         spoil(lambda t: t["entries"][0]["config"].update(BLOCK_N=3)), "BLOCK_N: expected one of 1, 2, 4, .* got 3",
     ),
     "config type": (
-        spoil(lambda t: t["entries"][0]["config"].update(TENSOR_CORES=True)), "TENSOR_CORES: expected .* got True",
+        spoil(lambda t: t["entries"][0]["config"].update(STAGES=True)), "STAGES: expected .* got True",
     ),
     "config unfit": (
         spoil(lambda t: t["entries"][0]["config"].update(BLOCK_D=2048)), "BLOCK_D: expected at least d = 4096",
     ),
     "config dot": (
-        spoil(lambda t: t["entries"][0]["config"].update(TENSOR_CORES=1)), "BLOCK_N: expected at least 16 .* got 1",
+        spoil(lambda t: t["entries"][0]["config"].update(METHOD="tiles")), "BLOCK_N: expected at least 16 .* got 1",
+    ),
+    "config method": (
+        spoil(lambda t: t["entries"][0]["config"].update(METHOD="import os")), "METHOD: expected one of rows, ",
+    ),
+    "config weights": (
+        spoil(lambda t: t["entries"][0]["config"].update(METHOD="weights", BLOCK_N=2)), "BLOCK_N: expected 1 with",
     ),
     "config float": (
         spoil(lambda t: t["entries"][0]["config"].update(num_warps=4.0)), "num_warps: expected .* got 4.0",
@@ -309,7 +314,8 @@ def test_every_field_has_a_range_that_holds(op: str) -> None:
     for name, allowed in ranges.items():
         for value in allowed:
             assert make_config(op, {**config._asdict(), name: value}) == config._replace(**{name: value})
-        for value in (min(allowed) - 1, max(allowed) + 1, max(allowed) * 2, str(allowed[0]), None):
+        beyond = ["", "Rows"] if name == "METHOD" else [min(allowed) - 1, max(allowed) * 2, str(allowed[0]), True]
+        for value in (*beyond, 0.5, None, []):
             with pytest.raises(ValueError, match=f"^{name}: expected one of"):
                 make_config(op, {**config._asdict(), name: value})
 
@@ -318,7 +324,7 @@ def test_use_config_is_seen_in_every_thread_and_ends(folders: dict[str, Path]) -
     write(folders["user"], {key(): marked(0), key(op="edit_backward"): BACKWARD})
     seen = []
     with launch_configs.use_config("edit_forward", marked(1)):
-        thread = threading.Thread(target=lambda: seen.append(lookup(groups=3)))
+        thread = threading.Thread(target=lambda: seen.append(lookup(grouped=True)))
         thread.start()
         thread.join()
         with launch_configs.use_config("edit_forward", marked(2)):
@@ -338,11 +344,16 @@ def test_a_configuration_that_does_not_cover_the_row_is_refused() -> None:
         assert lookup(d=4096) == small
         with pytest.raises(ValueError, match=r"use_config: BLOCK_D: expected at least d = 4097 .* got 4096"):
             lookup(d=4097)
+    held = FORWARD._replace(METHOD="weights")
+    with launch_configs.use_config("edit_forward", held):
+        assert lookup() == held
+        with pytest.raises(ValueError, match=r"use_config: METHOD: expected .* got \"weights\""):
+            lookup(grouped=True)
     dot = BACKWARD._replace(BLOCK_D=16)
     assert config_tables.misfit(dot, 4096) is None
     assert "ROWS_N: expected at least 16" in str(config_tables.misfit(dot._replace(ROWS_N=8), 4096))
     assert "BLOCK_D: expected at least 16" in str(config_tables.misfit(dot._replace(BLOCK_D=8), 4096))
-    assert "BLOCK_D: expected at least d = 4096" in str(config_tables.misfit(dot._replace(TENSOR_CORES=0), 4096))
+    assert "BLOCK_D: expected at least d = 4096" in str(config_tables.misfit(dot._replace(METHOD="rows"), 4096))
 
 
 def test_use_config_takes_its_own_op_only() -> None:

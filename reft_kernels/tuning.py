@@ -11,21 +11,22 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from reft_kernels.triton.config_tables import BackwardConfig, Config, ForwardConfig, Key, misfit
+from reft_kernels.triton.config_tables import BackwardConfig, Config, ForwardConfig, Key, choices, misfit
 
 # A candidate has to be this much faster than the heuristic's choice: less is noise.
 MIN_GAIN = 1.02
 # Of the largest element of the heuristic's result, by how much another's may differ for its order of summation; where
 # results are rounded to 16 bits, they may besides differ in their last bit.
 SUM_TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 1e-4
-# Elements of the tile that a thread of a program holds in registers.
+# Elements of a tile, or of a weight set, that a thread holds in registers.
 MIN_ELEMENTS, MAX_ELEMENTS = 4, 128
-MAX_REGISTER_RANK = 16
+MAX_ROWS_RANK = 16
+MANY_ROWS = 256  # from here on it may pay to hold the weights in registers
 
 
 class Bench(Protocol):
@@ -62,7 +63,12 @@ class Outcome(NamedTuple):
 def candidates(key: Key, heuristic: Config) -> list[Config]:
     """The configurations worth trying for ``key``: ``heuristic`` first, then by how little they differ from it."""
     grid = _forward_grid(key) if isinstance(heuristic, ForwardConfig) else _backward_grid(key, heuristic)
-    fitting = {config for config in grid if misfit(config, key.d) is None} - {heuristic}
+    allowed = choices(key.op).values()
+    fitting = {
+        config
+        for config in grid
+        if misfit(config, key.d) is None and all(value in values for value, values in zip(config, allowed, strict=True))
+    } - {heuristic}
     return [heuristic, *sorted(fitting, key=lambda config: (_distance(config, heuristic), config))]
 
 
@@ -125,37 +131,47 @@ def mismatch(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str |
 
 
 def _forward_grid(key: Key) -> Iterator[Config]:
-    for (tensor_cores, rows, columns), stages, warps in itertools.product(_tiles(key), (1, 2, 3), (2, 4, 8, 16)):
-        if MIN_ELEMENTS <= rows * columns / (32 * warps) <= MAX_ELEMENTS:
-            yield ForwardConfig(tensor_cores, rows, columns, stages, warps)
+    for (method, rows, columns), stages, warps in itertools.product(_tiles(key), (1, 2, 4), (2, 4, 8, 16)):
+        held = rows * columns * (_power_of_two(key.r) if method == "weights" else 1)
+        if MIN_ELEMENTS <= held / (32 * warps) <= MAX_ELEMENTS:
+            yield ForwardConfig(method, rows, columns, stages, warps)
 
 
 def _backward_grid(key: Key, heuristic: BackwardConfig) -> Iterator[Config]:
     """Of the two phases, which share the warps, one at a time is other than the heuristic's."""
     own = heuristic._asdict()
-    slabs = itertools.product((16, 32, 64, 128), (32, 64, 128), (1, 2, 3))
-    changes: list[dict[str, int]] = [
-        {"TENSOR_CORES": tile[0], "ROWS_N": tile[1], "BLOCK_D": tile[2], "STAGES": stages}
-        for tile, stages in itertools.product(_tiles(key), (1, 2, 3))
+    changes: list[dict[str, Any]] = [
+        {"METHOD": method, "ROWS_N": rows, "BLOCK_D": columns, "STAGES": stages}
+        for (method, rows, columns), stages in itertools.product(_tiles(key), (1, 2, 3))
+        if method != "weights"
     ]
-    changes += [{"BLOCK_N": rows, "SLAB_D": columns, "SLAB_STAGES": stages} for rows, columns, stages in slabs]
+    changes += [
+        {"BLOCK_N": rows, "SLAB_D": columns, "SLAB_STAGES": stages}
+        for rows, columns, stages in itertools.product((16, 32, 64, 128), (32, 64, 128), (1, 2, 3))
+    ]
     for change, warps in itertools.product(changes, (4, 8, 16)):
         config = BackwardConfig(**{**own, **change, "num_warps": warps})
         if MIN_ELEMENTS <= config.ROWS_N * config.BLOCK_D / (32 * warps) <= MAX_ELEMENTS:
             yield config
 
 
-def _tiles(key: Key) -> Iterator[tuple[int, int, int]]:
-    """TENSOR_CORES, rows and columns of a tile of h; no taller than N asks for, nor wider than d."""
-    wide = 1 << (key.d - 1).bit_length()
-    if key.r <= MAX_REGISTER_RANK:
-        yield from ((0, rows, max(4, wide)) for rows in (1, 2, 4, 8) if rows <= key.N)
-    for rows, columns in itertools.product((16, 32, 64), (32, 64, 128, 256)):
+def _tiles(key: Key) -> Iterator[tuple[str, int, int]]:
+    """Method, rows and columns of a tile of h; no taller than N asks for, nor wider than d."""
+    wide = max(4, _power_of_two(key.d))
+    if key.r <= MAX_ROWS_RANK:
+        yield from (("rows", rows, wide) for rows in (1, 2, 4, 8) if rows <= key.N)
+    if key.N >= MANY_ROWS:
+        yield "weights", 1, wide
+    for rows, columns in itertools.product((16, 32, 64), (32, 64, 128)):
         if (rows == 16 or rows < 2 * key.N) and columns <= max(32, wide):
-            yield 1, rows, columns
+            yield "tiles", rows, columns
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def _distance(config: Config, other: Config) -> float:
-    """In factors of two, over all fields; another kind of arithmetic is as far as two of them."""
-    steps = sum(abs(math.log2(a / b)) for a, b in zip(config[1:], other[1:], strict=True))
-    return steps + 2 * abs(config[0] - other[0])
+    """In factors of two, over all fields; another method is as far as two of them."""
+    sizes = zip(config[1:], other[1:], strict=True)
+    return sum(abs(math.log2(int(a) / int(b))) for a, b in sizes) + 2 * (config.METHOD != other.METHOD)

@@ -38,7 +38,7 @@ def heuristic(key: Key, device: torch.device) -> Config:
         values = launcher.forward_config(problem, key.N)
     else:
         values = launcher.backward_config(problem, key.N, launcher._resident_programs(device))
-    return make_config(key.op, {name: int(values[name]) for name in CONFIGS[key.op]._fields})
+    return make_config(key.op, {name: values[name] for name in CONFIGS[key.op]._fields})
 
 
 class DeviceBench:

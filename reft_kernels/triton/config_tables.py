@@ -12,7 +12,7 @@ A file is named after its device (``nvidia_h100_80gb_hbm3.json``) and looks like
      "date": "2025-11-22",
      "entries": [
       {"op": "edit_forward", "h": "bfloat16", "parameters": "float32", "linear": true, "d": 4096, "r": 4, "N": 448,
-       "us": 4.9, "config": {"TENSOR_CORES": 0, "BLOCK_N": 4, "BLOCK_D": 4096, "STAGES": 2, "num_warps": 8}}
+       "us": 4.9, "config": {"METHOD": "rows", "BLOCK_N": 4, "BLOCK_D": 4096, "STAGES": 2, "num_warps": 8}}
      ]
     }
 
@@ -44,9 +44,9 @@ def _powers(first: int, last: int) -> tuple[int, ...]:
 class ForwardConfig(NamedTuple):
     """How the forward kernel is launched. A field's annotation holds the values that it may have."""
 
-    TENSOR_CORES: Annotated[int, (0, 1)]
-    BLOCK_N: Annotated[int, _powers(1, 128)]  # rows a program
-    BLOCK_D: Annotated[int, _powers(4, 16384)]  # columns a step; without TENSOR_CORES at least d
+    METHOD: Annotated[str, ("rows", "weights", "tiles")]
+    BLOCK_N: Annotated[int, _powers(1, 128)]  # rows a program and step; 1 with "weights"
+    BLOCK_D: Annotated[int, _powers(4, 16384)]  # columns a step; at least d but with "tiles"
     STAGES: Annotated[int, tuple(range(1, 9))]  # loads in flight
     num_warps: Annotated[int, _powers(1, 16)]
 
@@ -54,9 +54,9 @@ class ForwardConfig(NamedTuple):
 class BackwardConfig(NamedTuple):
     """How the backward kernel is launched. A field's annotation holds the values that it may have."""
 
-    TENSOR_CORES: Annotated[int, (0, 1)]  # in phase 1
-    ROWS_N: Annotated[int, _powers(1, 128)]  # rows a program, phase 1
-    BLOCK_D: Annotated[int, _powers(4, 16384)]  # columns a step, phase 1; without TENSOR_CORES at least d
+    METHOD: Annotated[str, ("rows", "tiles")]  # of phase 1
+    ROWS_N: Annotated[int, _powers(1, 128)]  # rows a program and step, phase 1
+    BLOCK_D: Annotated[int, _powers(4, 16384)]  # columns a step, phase 1; at least d but with "tiles"
     BLOCK_N: Annotated[int, _powers(16, 128)]  # rows a step, phase 2
     SLAB_D: Annotated[int, _powers(16, 512)]  # columns a program, phase 2
     SLAB_STAGES: Annotated[int, tuple(range(1, 9))]  # loads in flight, phase 2
@@ -111,7 +111,7 @@ def slug(device_name: str) -> str:
 
 
 @functools.cache
-def choices(op: str) -> dict[str, tuple[int, ...]]:
+def choices(op: str) -> dict[str, tuple[int | str, ...]]:
     """For each field of an op's configuration, the values that it may have."""
     hints = get_type_hints(CONFIGS[op], include_extras=True)
     return {name: get_args(hints[name])[1] for name in CONFIGS[op]._fields}
@@ -127,21 +127,22 @@ def make_config(op: str, values: Mapping[str, Any]) -> Config:
     allowed = choices(op)
     _fields("config", values, required=set(kind._fields) - set(kind._field_defaults), known=kind._fields)
     for name, value in values.items():
-        if type(value) is not int or value not in allowed[name]:
+        if type(value) is not type(allowed[name][0]) or value not in allowed[name]:
             raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed[name]))}, got {value!r}")
     return kind(**values)
 
 
 def misfit(config: Config, d: int) -> str | None:
     """Why a kernel could not edit rows of d columns with this configuration; None if it could."""
-    if not config.TENSOR_CORES:
-        if d > config.BLOCK_D:
-            return f"BLOCK_D: expected at least d = {d} where TENSOR_CORES is 0, got {config.BLOCK_D}"
-        return None
     rows = "ROWS_N" if isinstance(config, BackwardConfig) else "BLOCK_N"
-    for name in (rows, "BLOCK_D"):
-        if getattr(config, name) < MIN_DOT:
-            return f"{name}: expected at least {MIN_DOT} where TENSOR_CORES is 1, got {getattr(config, name)}"
+    if config.METHOD == "tiles":
+        small = [name for name in (rows, "BLOCK_D") if getattr(config, name) < MIN_DOT]
+        if small:
+            return f'{small[0]}: expected at least {MIN_DOT} with "tiles", got {getattr(config, small[0])}'
+    elif d > config.BLOCK_D:
+        return f'BLOCK_D: expected at least d = {d} with "{config.METHOD}", got {config.BLOCK_D}'
+    if config.METHOD == "weights" and getattr(config, rows) != 1:
+        return f'{rows}: expected 1 with "weights", got {getattr(config, rows)}'
     return None
 
 

@@ -29,7 +29,6 @@ from reft_kernels.triton.config_tables import CONFIGS, Config, Entry, Key, Table
 
 # How far, as a ratio, N may be from what was measured.
 MAX_N_RATIO = 32
-MAX_GROUPS = 2
 
 SHIPPED_FOLDER = Path(__file__).parent / "configs"
 
@@ -55,7 +54,7 @@ def lookup(
     h: torch.dtype,
     parameters: torch.dtype,
     linear: bool,
-    groups: int = 1,
+    grouped: bool = False,
     dropout: float = 0.0,
 ) -> Config | None:
     """The measured configuration for one launch, or None: the caller then takes its heuristic.
@@ -75,17 +74,17 @@ def lookup(
         h: dtype of h.
         parameters: dtype of R.
         linear: whether the activation is linear.
-        groups: number of weight sets; tables are measured with one, and have nothing for more than two (a prefix's
-            and a suffix's).
-        dropout: probability of dropout; it takes registers, tables are measured without and have nothing for it.
+        grouped: whether rows choose among weight sets. Tables are measured without, and have nothing for it: not
+            every method of the kernels can.
+        dropout: probability of dropout. It takes registers; tables are measured without, and have nothing for it.
 
     Raises:
         TableError: a file in ``$REFT_KERNELS_CONFIG_DIR`` is broken, or the folder is missing.
-        ValueError: the configuration of :func:`use_config` does not fit d.
+        ValueError: the configuration of :func:`use_config` does not fit d or grouped.
     """
     if _forced and op in _forced:
-        return _fitting(_forced[op], d)
-    if groups > MAX_GROUPS or dropout > 0:
+        return _fitting(_forced[op], d, grouped)
+    if grouped or dropout > 0:
         return None
     row = _row(op, device_name, h, parameters, linear, d, r)
     if row is None:
@@ -187,8 +186,10 @@ def _read_if_there(path: Path) -> Table | None:
         raise TableError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _fitting(config: Config, d: int) -> Config:
+def _fitting(config: Config, d: int, grouped: bool) -> Config:
     unfit = misfit(config, d)
+    if config.METHOD == "weights" and grouped:
+        unfit = 'METHOD: expected "rows" or "tiles" where rows choose among weight sets, got "weights"'
     if unfit is not None:
         raise ValueError(f"use_config: {unfit}")
     return config
