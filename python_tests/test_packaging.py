@@ -31,6 +31,8 @@ sys.meta_path.insert(0, Blocked())
 for name in [name for name in sys.modules if name.partition(".")[0] in {blocked!r}]:
     del sys.modules[name]
 """
+# A table of launch configurations: the folder is shipped whatever tables it holds.
+PROBE = "reft_kernels/triton/configs/probe.json"
 OPTIONAL = ("triton", "transformers", "accelerate", "datasets", "sklearn", "matplotlib", "rich", "gguf")
 
 
@@ -116,7 +118,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ".git", ".venv*", "*.egg-info", "build", "dist", "__pycache__", ".*_cache", "demo_output"
     )
     shutil.copytree(ROOT, base / "source", ignore=ignore)
-    (base / "source" / "reft_kernels" / "triton" / "probe.json").write_text("{}")
+    probe = base / "source" / PROBE
+    probe.parent.mkdir(exist_ok=True)
+    probe.write_text("{}")
     script = (
         "from setuptools import build_meta\n"
         f"build_meta.build_sdist({str(base)!r})\n"
@@ -135,7 +139,7 @@ def test_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
         info = f"reft_kernels-{reft_kernels.__version__}.dist-info"
         metadata = archive.read(f"{info}/METADATA").decode()
     shipped = {name for name in names if not name.startswith(f"{info}/")}
-    assert shipped == package_files() | {"reft_kernels/triton/probe.json"}
+    assert shipped == package_files() | {PROBE}
     assert f"{info}/licenses/LICENSE" in names
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.10" in metadata
@@ -155,13 +159,19 @@ def test_wheel_depends_on_little(dist: Path) -> None:
     assert base == {"numpy", "safetensors", "torch"}
 
 
+def test_tables_of_launch_configurations_are_looked_for_where_they_are_shipped() -> None:
+    from reft_kernels.triton.launch_configs import SHIPPED_FOLDER
+
+    assert (ROOT / PROBE).parent == SHIPPED_FOLDER
+
+
 def test_sdist_builds_and_tests_itself(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "setup.py", "python_tests/conftest.py"}
     needed |= {"benchmarks/demo.py"} | {path.name for path in ROOT.glob("requirements*.txt")}
-    assert (needed | package_files() | {"reft_kernels/triton/probe.json"}) <= names
+    assert (needed | package_files() | {PROBE}) <= names
     assert not [name for name in names if name.endswith((".pyc", ".so"))]
 
 
