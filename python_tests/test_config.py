@@ -71,10 +71,12 @@ def test_dicts_of_pyreft() -> None:
 def test_restore_keeps_every_setting() -> None:
     config = ReftConfig(
         method="loreft", layers="all", rank=2, positions="f1+l1", tied=False, dropout=0.5, act_fn="relu", add_bias=True,
-        dtype=torch.bfloat16, component="block_input",
+        dtype=torch.bfloat16, component="block_input", rebuild=False,
     )  # fmt: skip
     listed = [Representation(layer=0, intervention=loreft(), positions="f1")]
     assert ReftConfig.restore(config.to_dict(), listed).to_dict() == config.to_dict()
+    older = {name: value for name, value in config.to_dict().items() if name != "rebuild"}
+    assert ReftConfig.restore(older, listed).rebuild
 
 
 @pytest.mark.parametrize(

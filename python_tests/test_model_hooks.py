@@ -235,6 +235,63 @@ def test_edits_of_blocks_are_made_in_place() -> None:
     assert edited_first.equal(edited_second)
 
 
+class WritesItsInput(nn.Module):
+    """A block that adds into the hidden state that it is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden_states.add_(1)
+        return self.inner(hidden_states, *args, **kwargs)
+
+
+def test_a_model_that_writes_what_was_edited_is_told_which_setting_to_change() -> None:
+    batch = random_batch([6, 4])
+    grads = []
+    for rebuild in (True, False):
+        model = tiny_model("llama")
+        model.model.layers[2] = WritesItsInput(model.model.layers[2])
+        torch.manual_seed(1)
+        reft_model = get_reft_model(
+            model, ReftConfig(method="loreft", layers=[1], rank=2, positions="f1+l1", rebuild=rebuild)
+        )
+        loss = reft_model(**batch, labels=batch["input_ids"]).loss
+        if rebuild:
+            message = r"(?s)modified by an inplace operation.*output of model.layers\[1\].*ReftConfig\(rebuild=False\)"
+            with pytest.raises(RuntimeError, match=message):
+                loss.backward()
+            reft_model.config.rebuild = False
+            loss = reft_model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        grads.append([p.grad for p in reft_model.interventions.parameters()])
+    for one, other in zip(*grads, strict=True):
+        assert one.equal(other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_rebuilt_rows_give_the_same_gradients(dropout: float) -> None:
+    """Two edits of one module: the first keeps its rows, as the second writes them again."""
+    batch = random_batch([8, 5])
+    batch["labels"] = batch["input_ids"]
+    found = {}
+    for rebuild in (True, False):
+        torch.manual_seed(2)
+        model = tiny_model("llama")
+        interventions = [LoreftIntervention(embed_dim=16, low_rank_dimension=2, dropout=dropout) for _ in range(4)]
+        places = [(1, interventions[0]), (1, interventions[1]), (2, interventions[2]), (2, interventions[3])]
+        reft_model = get_reft_model(
+            model,
+            ReftConfig([{"layer": layer, "intervention": module} for layer, module in places], rebuild=rebuild),
+        )
+        strengthen(reft_model.interventions)
+        reft_model(**batch, unit_locations=[[[0, 3]] * 2, [[3, 2]] * 2, [[1, 2]] * 2, [[1, 4]] * 2]).loss.backward()
+        found[rebuild] = [p.grad for p in reft_model.interventions.parameters()]
+    for one, other in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
 class Keeps(nn.Module):
     """A block whose output is one of the caller's own tensors, or a view of it."""
 

@@ -115,17 +115,26 @@ def saves_through_hooks() -> bool:
     return top is None or top(False) is not None
 
 
+_ADVICE = (
+    "This edit was made in place with rebuild=True, which keeps h itself for the backward. If it is h that was written "
+    "after the edit, pass rebuild=False: a copy of the edited rows is then kept instead"
+)
+
+
+def advise(y: Tensor, advice: str) -> None:
+    """What the error shall say where ``y``, which an edit with ``rebuild`` returned, is written before its backward."""
+    node: Any = y.grad_fn
+    if isinstance(node, _Node):
+        node.advice = advice
+
+
 def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
     try:
         saved: tuple[Any, ...] = ctx.saved_tensors
     except RuntimeError as error:
         if not ctx.options.rebuild or "modified by an inplace operation" not in str(error):
             raise
-        raise RuntimeError(
-            f"{error}\nreft_kernels: this edit was made in place with rebuild=True, which keeps h itself for the "
-            "backward. If it is h that was written after the edit, pass rebuild=False: a copy of the edited rows is "
-            "then kept instead"
-        ) from error
+        raise RuntimeError(f"{error}\nreft_kernels: {getattr(ctx, 'advice', _ADVICE)}") from error
     return saved
 
 

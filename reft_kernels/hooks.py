@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels import interventions as builtin
+from reft_kernels.autograd import advise, saves_through_hooks
 from reft_kernels.interventions import Intervention, edit_rows
 from reft_kernels.locations import Step
 from reft_kernels.modules import Site
@@ -63,6 +64,7 @@ class SiteHook:
         if plan.grad:
             self.edited_with_grad = True
         members = plan.places.sites[self.index]
+        may_rebuild = plan.rebuild and not (torch.compiler.is_compiling() or saves_through_hooks())
         for step in steps:
             ours: list[Any] = [plan.interventions[members[k]] for k in step.members]
             self._check(h, step, ours, plan)
@@ -77,7 +79,14 @@ class SiteHook:
                 continue
             group = None if step.group is None else plan.on(h.device, step.group)
             inplace = plan.inplace and self.owned and may_write(h)
-            h = edit_rows(ours, h, positions, group, inplace=inplace)
+            rebuild = inplace and may_rebuild and step is steps[-1]  # those before are written again by the last
+            h = edit_rows(ours, h, positions, group, inplace=inplace, rebuild=rebuild)
+            if rebuild:
+                advise(
+                    h,
+                    f"The {self.side} of {self.path} was edited in place and is kept as edited; if the model wrote it "
+                    "again after that, set ReftConfig(rebuild=False)",
+                )
         return h
 
     def _check(self, h: Tensor, step: Step, ours: Sequence[nn.Module], plan: Plan) -> None:

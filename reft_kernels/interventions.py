@@ -268,6 +268,7 @@ def edit_rows(
     group: Tensor | None = None,
     scale: Tensor | None = None,
     inplace: bool = False,
+    rebuild: bool = False,
 ) -> Tensor:
     """Several interventions of one hidden state as one edit.
 
@@ -279,6 +280,8 @@ def edit_rows(
             a single one.
         scale: floats of the shape of ``group``.
         inplace: write h.
+        rebuild: let the last edit in place keep h for its backward instead of a copy of its rows, see
+            :func:`reft_kernels.edit`; where it has dropout it copies all the same.
 
     Returns:
         The shape and dtype of h. Interventions of one kind (subtract, activation, dropout, which weights exist) are
@@ -296,13 +299,14 @@ def edit_rows(
         return edit(
             h, w.R, w.W, w.b, c=w.c, positions=positions, scale=scale, subtract=w.subtract,
             activation=w.activation, dropout=w.dropout, inplace=inplace,
+            rebuild=inplace and rebuild and w.dropout == 0,
         )  # fmt: skip
     kinds: dict[tuple[Any, ...], list[tuple[int, EditWeights]]] = {}
     for index, intervention in enumerate(interventions):
         w = intervention.edit_weights()
         kind = (w.W is not None, w.b is not None, w.c is not None, w.subtract, w.activation, w.dropout)
         kinds.setdefault(kind, []).append((index, w))
-    for members in kinds.values():
+    for number, members in enumerate(kinds.values(), start=1):
         first = members[0][1]
         own = group
         if len(kinds) > 1:
@@ -314,6 +318,7 @@ def edit_rows(
         h = edit(
             h, R, W, b, c=c, positions=positions, group=own, scale=scale, subtract=first.subtract,
             activation=first.activation, dropout=first.dropout, inplace=inplace,
+            rebuild=inplace and rebuild and first.dropout == 0 and number == len(kinds),
         )  # fmt: skip
     return h
 

@@ -199,6 +199,7 @@ class ReftModel(nn.Module):
         plan = self._planner.of_forward(
             inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace
         )
+        plan.rebuild = self.config.rebuild
         with activated(plan):
             edited = self.model(**inputs)
         if base is None and not output_original_output:

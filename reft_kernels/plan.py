@@ -18,7 +18,8 @@ class Plan:
 
     ``steps`` holds those of the base model's current call, by site, and is None where nothing is left to edit.
     ``length`` is the number of tokens that every edited hidden state must have, where that is known. While an
-    intervention that is not of this library runs, the plan is ``busy``: what that calls is not edited.
+    intervention that is not of this library runs, the plan is ``busy``: what that calls is not edited. ``rebuild``
+    allows the last edit in place of a site to keep the edited tensor for its backward.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Plan:
         self.locations = locations
         self.subspaces = subspaces
         self.inplace = inplace
+        self.rebuild = False
         self.grad = torch.is_grad_enabled()
         self.busy = False
         self.steps: list[list[Step]] | None = None

@@ -58,14 +58,14 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
         delta = activate(s, p.activation)
         if p.subtract:
             delta = delta - _down(x, R, None if p.c is None else p.c.to(dtype), slots, r)
-    if slots.edited is not None:
-        delta = delta.where(slots.edited, 0)
-        s = s.where(slots.edited, 0) if s.numel() else s
+    if slots.idle is not None:
+        delta = delta.masked_fill_(slots.idle, 0)
+        s = s.masked_fill_(slots.idle, 0) if s.numel() else s
 
     # Without positions `before` may be a view of h, which is written below.
     saved = (before.clone() if slots.row is None else before) if save_rows else p.h.new_empty(0)
     scaled = _scaled(delta, p, slots)
-    whole = slots.row is None and slots.edited is None
+    whole = slots.row is None and slots.idle is None
     if inplace and whole and p.dropout == 0 and x is before and _matrix(p.h) is not None:  # x is a view of h
         _add_up(x, scaled, R, slots, out=x)
         return p.h, delta, s, saved
@@ -109,8 +109,8 @@ def edit_backward(
     g = before.to(dtype)
     if p.dropout > 0:
         g = g * _keep_factor(p, slots, grad.shape, dtype)
-    if slots.edited is not None:  # rows that are not edited may hold anything, infinities included
-        g = g.where(slots.edited, 0)
+    if slots.idle is not None:  # rows that are not edited may hold anything, infinities included
+        g = g.masked_fill(slots.idle, 0)
     R = p.R.to(dtype)
     gd = _scaled(_down(g, R, None, slots, R.shape[1]), p, slots)  # [N, r]
     gs = gd if p.activation == "linear" else gd * activation_slope(s, p.activation)
@@ -124,8 +124,8 @@ def edit_backward(
             x = (p.h if p.h.dim() == 2 else _read(p.h, slots)).to(dtype)
             if rebuild:
                 x = _add_up(x, scaled, R, slots, sign=-1)
-            if slots.edited is not None:
-                x = x.where(slots.edited, 0)
+            if slots.idle is not None:
+                x = x.masked_fill(slots.idle, 0)
         if wanted_W:
             assert x is not None
             dW = _outer(gs, x, slots)
@@ -161,28 +161,28 @@ class _Slots(NamedTuple):
     """Which rows the slots of an edit name."""
 
     row: Tensor | None  # int64 [N], into [B * S, d]; without a row: that of position 0. None: slot n is row n
-    edited: Tensor | None  # bool [N, 1]; None: every slot is edited
-    own: list[Tensor] | None  # bool [N, 1] of every group: which slots are its own; None: one group without a choice
+    idle: Tensor | None  # bool [N, 1], which slots edit nothing; None: none of them
+    others: list[Tensor] | None  # bool [N, 1] of every group: which slots are not its own; None: one group for all
 
     @property
     def groups(self) -> int:
-        return 1 if self.own is None else len(self.own)
+        return 1 if self.others is None else len(self.others)
 
 
 def _slots(p: EditProblem, shape: torch.Size) -> _Slots:
-    row = edited = own = None
+    row = idle = others = None
     if p.positions is not None:
         length = max(shape[1], 1)
         start = torch.arange(0, shape[0] * length, length, device=p.positions.device).unsqueeze(1)
         inside = p.positions.clamp(0, length - 1)
-        edited = inside == p.positions if shape[1] else torch.zeros_like(inside, dtype=torch.bool)
+        idle = inside != p.positions if shape[1] else torch.ones_like(inside, dtype=torch.bool)
         row = (start + inside).reshape(-1)
     if p.group is not None:
-        known = p.group.clamp(0, p.R.shape[0] - 1) == p.group
-        edited = known if edited is None else edited & known
+        unknown = p.group.clamp(0, p.R.shape[0] - 1) != p.group
+        idle = unknown if idle is None else idle | unknown
         group = p.group.reshape(-1, 1)
-        own = [group == g for g in range(p.R.shape[0])]
-    return _Slots(row, None if edited is None else edited.reshape(-1, 1), own)
+        others = [group != g for g in range(p.R.shape[0])]
+    return _Slots(row, None if idle is None else idle.reshape(-1, 1), others)
 
 
 def _matrix(h: Tensor) -> Tensor | None:
@@ -206,8 +206,8 @@ def _read(h: Tensor, slots: _Slots) -> Tensor:
 
 def _write(h: Tensor, slots: _Slots, rows: Tensor, before: Tensor, inplace: bool) -> Tensor:
     """h with its slots' rows replaced by ``rows`` [N, d], where edited; there they are ``before`` as h has them."""
-    if slots.edited is not None:
-        rows = rows.where(slots.edited, before)
+    if slots.idle is not None:
+        rows = before.where(slots.idle, rows)
     if slots.row is None:
         return h.copy_(rows.view(h.shape)) if inplace else rows.contiguous().view(h.shape)
     y = h if inplace else h.clone(memory_format=torch.contiguous_format)
@@ -215,11 +215,11 @@ def _write(h: Tensor, slots: _Slots, rows: Tensor, before: Tensor, inplace: bool
     if rows.numel() == 0 or length == 0:
         return y
     row = slots.row
-    if slots.edited is not None:
+    if slots.idle is not None:
         # A slot without an edit repeats the first edited slot's write: the same values to the same row, whatever
         # the order. If no slot is edited, every slot writes back what slot 0 read.
-        first = slots.edited.max(0).indices
-        source = torch.arange(row.shape[0], device=row.device).where(slots.edited.squeeze(1), first)
+        first = slots.idle.min(0).indices
+        source = first.where(slots.idle.squeeze(1), torch.arange(row.shape[0], device=row.device))
         row, rows = row.index_select(0, source), rows.index_select(0, source)
     flat = _matrix(y)
     if flat is None:
@@ -253,7 +253,7 @@ def _scaled(u: Tensor, p: EditProblem, slots: _Slots) -> Tensor:
     if p.scale is None:
         return u
     u = u * p.scale.reshape(-1, 1).to(u.dtype)
-    return u if slots.edited is None else u.where(slots.edited, 0)
+    return u if slots.idle is None else u.masked_fill_(slots.idle, 0)
 
 
 def _down(x: Tensor, weight: Tensor | None, bias: Tensor | None, slots: _Slots, r: int) -> Tensor:
@@ -268,9 +268,9 @@ def _down(x: Tensor, weight: Tensor | None, bias: Tensor | None, slots: _Slots, 
 def _by_group(parts: Iterable[Tensor], slots: _Slots) -> Tensor:
     """Of one tensor [N, ...] for each group every row from its own group's; rows without a group from the first."""
     out, *others = parts
-    if slots.own is not None:
-        for own, part in zip(slots.own[1:], others, strict=True):
-            out = part.where(own, out)
+    if slots.others is not None:
+        for other, part in zip(slots.others[1:], others, strict=True):
+            out = out.where(other, part)
     return out
 
 
@@ -283,17 +283,17 @@ def _add_up(x: Tensor, u: Tensor, weight: Tensor, slots: _Slots, *, sign: int = 
 
 def _outer(left: Tensor, right: Tensor, slots: _Slots, minus: Tensor | None = None) -> Tensor:
     """left^T right - minus by group: [N, r], [N, d] and [G, r, d] to [G, r, d]."""
-    if slots.own is None:
+    if slots.others is None:
         return (left.T @ right if minus is None else torch.addmm(minus[0], left.T, right, beta=-1)).unsqueeze(0)
-    parts = torch.stack([left.where(own, 0).T @ right.where(own, 0) for own in slots.own])
+    parts = torch.stack([left.masked_fill(o, 0).T @ right.masked_fill(o, 0) for o in slots.others])
     return parts if minus is None else parts.sub_(minus)
 
 
 def _sum_by_group(rows: Tensor, slots: _Slots) -> Tensor:
     """[N, r] summed over the rows of each group: [G, r]."""
-    if slots.own is None:
+    if slots.others is None:
         return rows.sum(0, keepdim=True)
-    return torch.stack([rows.where(own, 0).sum(0) for own in slots.own])
+    return torch.stack([rows.masked_fill(o, 0).sum(0) for o in slots.others])
 
 
 def _deliver(value: Tensor | None, parameter: Tensor | None, place: Tensor | None) -> Tensor | None:
