@@ -1,16 +1,170 @@
 #!/usr/bin/env bash
-# What a machine with a CUDA device can prove, in one command of a few minutes. Needs only torch, Triton and pytest.
+# What a machine with a CUDA device can prove, in one command of at most nine minutes and in pieces that stand alone.
 #
-#   benchmarks/gpu_suite.sh [OUT]     OUT: the folder for results, benchmarks/results/gpu by default
+#   benchmarks/gpu_suite.sh [OUT] [--only PIECE[,PIECE...]] [--limit SECONDS]
+#
+# OUT is the folder for results, benchmarks/results/gpu by default; every piece writes its output to OUT/PIECE.txt, and
+# timings and ceilings write their files as they go, so that a piece that is cut off loses nothing that came before.
+# Pieces, in the order in which they run: build tests ceilings timings sanitizer plots. GPU_SUITE_ONLY and PYTHON
+# (python3) may be set instead. Needs only torch, Triton and pytest; with pytest-xdist the tests run in parallel. Exit
+# status 1 if a piece failed or had no time.
+# shellcheck disable=SC2317,SC2329 # the functions of the pieces are called through `bash -c`
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${1:-benchmarks/results/gpu}
-mkdir -p "$out"
-export TRITON_INTERPRET=0 PYTHONPATH=. PYTHONUNBUFFERED=1
+cd "$(dirname "$0")/.." || exit 1
 
+pieces=(build tests ceilings timings sanitizer plots)
+out=benchmarks/results/gpu
+only=${GPU_SUITE_ONLY:-}
+limit=530
+python=${PYTHON:-python3}
+while (($#)); do
+  case $1 in
+    --only) only=${2:?--only needs the names of pieces} && shift 2 ;;
+    --limit) limit=${2:?--limit needs a number of seconds} && shift 2 ;;
+    -*) echo "error: unknown option $1" >&2 && exit 2 ;;
+    *) out=$1 && shift ;;
+  esac
+done
+for name in ${only//,/ }; do # names are split on purpose
+  if [[ " ${pieces[*]} " != *" $name "* ]]; then
+    echo "error: no piece $name (there are: ${pieces[*]})" >&2
+    exit 2
+  fi
+done
+mkdir -p "$out"
+export TRITON_INTERPRET=0 PYTHONPATH=. PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+REFT_KERNELS_COMMIT=${REFT_KERNELS_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}
+export REFT_KERNELS_COMMIT
+
+# device: facts about the machine; fails without a CUDA device.
+device() {
+  echo "commit $REFT_KERNELS_COMMIT"
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu --format=csv 2>/dev/null
+  "$python" - <<'PY'
+import sys
+import torch
+
+print("python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
+try:
+    import triton
+except ImportError:
+    print("triton is not installed")
+else:
+    print("triton", triton.__version__)
+if not torch.cuda.is_available():
+    sys.exit("no CUDA device")
+p = torch.cuda.get_device_properties(0)
+print(f"{p.name}: sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, L2 {p.L2_cache_size >> 20} MiB, "
+      f"{p.total_memory / 2**30:.1f} GiB")
+PY
+}
+
+arch() {
+  "$python" -c 'import torch
+print("%d%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else 90)'
+}
+
+sanitizer_path() {
+  local candidate
+  command -v compute-sanitizer && return
+  for candidate in "${CUDA_HOME:-/usr/local/cuda}"/{bin,compute-sanitizer}/compute-sanitizer; do
+    [[ -x $candidate ]] && echo "$candidate" && return
+  done
+  "$python" - <<'PY'
+import importlib.util, pathlib, sys
+
+spec = importlib.util.find_spec("nvidia")
+for folder in (spec.submodule_search_locations or []) if spec else []:
+    for path in pathlib.Path(folder).glob("*/**/compute-sanitizer"):
+        if path.is_file():
+            print(path)
+            sys.exit()
+sys.exit(1)
+PY
+}
+
+# The commands of the pieces. Each runs in a shell of its own, with its time limit in seconds as $1.
+build() {
+  "$python" -m benchmarks.aot --quick --arch "$(arch)" --out "$out/triton_resources.csv"
+}
+tests() {
+  local parallel=() workers
+  workers=$(nproc)
+  ((workers > 12)) && workers=12
+  # Most of the time goes into compiling kernels.
+  "$python" -c 'import xdist' 2>/dev/null && parallel=(--numprocesses "$workers" --dist worksteal)
+  "$python" -m pytest -q -m gpu python_tests/test_edit_gpu.py -p no:cacheprovider "${parallel[@]}"
+}
+ceilings() {
+  "$python" -m benchmarks.run --suite ops --device cuda --out "$out" --only ceilings
+}
+timings() {
+  "$python" -m benchmarks.run --suite ops --device cuda --out "$out" --only timings --budget "$(($1 - 25))"
+}
+sanitizer() {
+  local tool status=0
+  "$python" -m benchmarks.sanitizer_case || return # compiles the kernels before a sanitizer slows everything down
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor its own allocation, so that its bounds are known
+  for tool in memcheck racecheck; do
+    echo "== $tool"
+    "$sanitizer_program" --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.sanitizer_case || status=$?
+  done
+  return "$status"
+}
+plots() {
+  "$python" -m benchmarks.run --suite ops --device cuda --out "$out" --only plots
+}
+
+declare -A seconds_of=([build]=60 [tests]=180 [ceilings]=30 [timings]=165 [sanitizer]=75 [plots]=20)
+names=() results=() spent=()
+note() { names+=("$1") results+=("$2") spent+=("$3"); }
+
+# run PIECE: in a shell of its own under `timeout`, which also ends what the piece has started.
+run() {
+  local name=$1 start=$SECONDS allowed=${seconds_of[$1]} status
+  ((allowed > limit - SECONDS)) && allowed=$((limit - SECONDS))
+  if ((allowed < 5)); then
+    note "$name" "no time left" 0
+    return
+  fi
+  echo "== $name (at most $allowed s)"
+  timeout --kill-after=5 "$allowed" bash -c '"$@"' piece "$name" "$allowed" 2>&1 | tee "$out/$name.txt"
+  status=${PIPESTATUS[0]}
+  case $status in
+    0) note "$name" ok $((SECONDS - start)) ;;
+    124 | 137) note "$name" "cut off after $allowed s" $((SECONDS - start)) ;;
+    *) note "$name" "failed ($status)" $((SECONDS - start)) ;;
+  esac
+}
+
+sanitizer_program=$(sanitizer_path)
+export out python sanitizer_program
+export -f arch build tests ceilings timings sanitizer plots
+
+device 2>&1 | tee "$out/device.txt"
+has_gpu=$((PIPESTATUS[0] == 0))
+note device "$( ((has_gpu)) && echo ok || echo 'no CUDA device')" "$SECONDS"
+for name in "${pieces[@]}"; do
+  if [[ -n $only && ",${only// /,}," != *",$name,"* ]]; then
+    continue
+  elif [[ $name != build ]] && ! ((has_gpu)); then
+    note "$name" "no CUDA device" 0
+  elif [[ $name == sanitizer && -z $sanitizer_program ]]; then
+    note "$name" "absent: compute-sanitizer is not on PATH, nor in CUDA's folder, nor in a package nvidia" 0
+  else
+    run "$name"
+  fi
+done
+
+failed=0
 {
-  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
-  python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
-  git rev-parse HEAD 2>/dev/null
-} | tee "$out/device.txt"
-python3 -m pytest -q -m gpu python_tests/test_edit_gpu.py 2>&1 | tee "$out/tests.txt"
+  printf '\n%-12s %8s  %s\n' piece seconds status
+  for i in "${!names[@]}"; do
+    printf '%-12s %8s  %s\n' "${names[$i]}" "${spent[$i]}" "${results[$i]}"
+  done
+} | tee "$out/summary.txt"
+for result in "${results[@]}"; do
+  [[ $result == ok || $result == absent:* ]] || failed=1
+done
+echo "$SECONDS s in all, results in $out"
+exit "$failed"
