@@ -1,13 +1,24 @@
-"""The edit on a CUDA device: every dtype against the oracle, determinism, streams and graphs.
+"""The edit on a CUDA device: every dtype against the oracle, determinism, streams and graphs, launches counted.
 
 Run by ``make test-gpu``; skipped where there is no GPU.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 import reft_kernels as rk
+from benchmarks.ops.check import check
+from benchmarks.ops.check import expected as expectation
+from benchmarks.ops.counting import kernel_names
+from benchmarks.ops.operands import make_sets
+from benchmarks.ops.peers import Ours
+from benchmarks.ops.programs import Step, fresh
+from benchmarks.ops.workloads import Workload, workloads
+from benchmarks.sanitizer_case import compare
 from reft_kernels import reference
+from reft_kernels.testing import EditCase, assert_bitwise_equal, assert_close, edit_cases, poison_empty
 
 pytestmark = pytest.mark.gpu
 
@@ -59,18 +70,155 @@ def test_forward_and_gradients_match_the_oracle(d, r, dtype, activation, groups)
         assert errors(result, expected) <= 3 * errors(reached, expected) + floor, name
 
 
+CASES = edit_cases()
+
+
+@pytest.mark.parametrize("seed", range(max(50, len(CASES))))
+def test_random_edits_match_the_oracle_and_leave_other_rows_alone(seed):
+    # Rows that are not named hold NaN and infinities, and are compared bit by bit.
+    compare(CASES[seed % len(CASES)], 1000 + seed, "triton", "cuda")
+
+
+@pytest.mark.parametrize("workload", [w for w in workloads("cuda") if w.core], ids=lambda w: w.name)
+def test_edits_of_full_size_match_the_oracle(workload: Workload):
+    operands = make_sets(workload, 1, torch.device("cuda"))[0]
+    check(Ours("triton"), workload, operands, expectation(workload, operands))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        EditCase(dtype="mixed", positions="padded", shape=(4, 33), slots=7, d=1032, r=8),
+        EditCase(dtype="bfloat16", shape=(4, 65), d=520, r=64),
+        EditCase(dtype="mixed", positions="some", groups=3, activation="silu", shape=(3, 17), slots=5, d=768, r=4),
+        EditCase(dtype="float32", positions="nothing", shape=(3, 17), d=256, r=4),
+    ],
+    ids=str,
+)
+def test_nothing_is_left_unwritten_or_read_before_it_is_written(case: EditCase):
+    with poison_empty() as poison:
+        compare(case, 3, "triton", "cuda")
+    assert poison.count > 0
+
+
 @pytest.mark.parametrize("inplace", [False, True])
-def test_gradients_are_bitwise_reproducible(inplace):
-    tensors, settings = problem(4096, 8, torch.bfloat16, 2, seed=5)
+@pytest.mark.parametrize(
+    ("r", "groups", "every_token", "activation"),
+    [(8, 2, False, "linear"), (64, 1, False, "linear"), (4, 1, True, "linear"), (64, 1, True, "gelu")],
+)
+def test_results_are_bitwise_reproducible(r, groups, every_token, activation, inplace):
+    tensors, settings = problem(4096, r, torch.bfloat16, groups, seed=5)
     h, R, W, b = (t.cuda().to(torch.bfloat16 if i == 0 else torch.float32) for i, t in enumerate(tensors))
-    settings = {name: t.cuda() for name, t in settings.items()}
+    settings = {} if every_token else {name: t.cuda() for name, t in settings.items()}
     first = None
     for _ in range(20):
         leaves = [t.clone().requires_grad_() for t in (h, R, W, b)]
-        y = rk.edit(leaves[0] * 1, *leaves[1:], inplace=inplace, **settings)
-        found = [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
+        y = rk.edit(leaves[0] * 1, *leaves[1:], inplace=inplace, activation=activation, **settings)
+        found = [y.detach().clone(), *torch.autograd.grad(y.float().square().sum(), leaves)]
         first = first or found
-        assert all(torch.equal(one, other) for one, other in zip(first, found, strict=True))
+        for name, one, other in zip("yhRWb", first, found, strict=True):
+            assert_bitwise_equal(other, one, name=name)
+
+
+def indexed_step(**changes) -> tuple[Step, torch.Tensor]:
+    """A training step of an indexed edit in place, its gradient nobody else's, and the memory of that gradient."""
+    workload = replace(Workload("indexed", 4, 64, 6, 4096, 4), **changes)
+    operands = make_sets(workload, 1, torch.device("cuda"))[0]
+    return Step(Ours("triton").prepare(workload, operands), operands.h, operands.grad), operands.grad
+
+
+@pytest.mark.parametrize("r", [1, 4, 8, 32, 64])
+def test_one_launch_forward_and_one_backward(r):
+    step, grad = indexed_step(r=r)
+
+    def without_autograd() -> torch.Tensor:
+        with torch.no_grad():
+            return step.prepared.apply(fresh(step.h))
+
+    step.forward()
+    for name, call in (("forward", without_autograd), ("forward", step.forward), ("backward", step.backward)):
+        if name == "backward":
+            step.forward()
+        names = kernel_names(call)
+        assert len(names) == 1, f"{name}: one kernel expected, these ran: {names}"
+        assert f"edit_{name}" in names[0]
+    assert step.dh is not None
+    assert step.dh.data_ptr() == grad.data_ptr(), "the gradient was copied"
+
+
+def test_work_goes_to_the_current_stream():
+    tensors, settings = problem(2048, 4, torch.float32, 1, seed=6)
+    h, R, W, b = (t.cuda().float() for t in tensors)
+    settings = {name: t.cuda() for name, t in settings.items()}
+    wanted = rk.edit(h, R, W, b, backend="triton", **settings)
+    late = torch.full_like(h, float("nan"))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(h)
+        found = rk.edit(late, R, W, b, backend="triton", **settings)
+    stream.synchronize()
+    assert_bitwise_equal(found, wanted)
+
+
+def test_work_goes_to_the_device_of_its_operands():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    assert torch.cuda.current_device() == 0
+    compare(EditCase(dtype="mixed", positions="padded", shape=(4, 33), slots=7, d=1032, r=8), 4, "triton", "cuda:1")
+
+
+def test_replays_read_positions_anew():
+    tensors, settings = problem(1024, 4, torch.float32, 1, seed=7)
+    h, R, W, b = (t.cuda().float() for t in tensors)
+    positions = settings["positions"].cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        rk.edit(h, R, W, b, positions=positions, backend="triton")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = rk.edit(h, R, W, b, positions=positions, backend="triton")
+    for shift in (1, 2):
+        positions.copy_(torch.where(positions >= 0, (positions + shift) % S, positions))
+        h.normal_()
+        graph.replay()
+        assert_bitwise_equal(captured, rk.edit(h, R, W, b, positions=positions, backend="triton"))
+
+
+@pytest.mark.parametrize("every_token", [False, True])
+def test_offsets_beyond_two_to_the_31(every_token):
+    d, length = 4096, 2**31 // (2 * 4096) + 8
+    needed = 6 * 2 * length * d * 2  # h, a leaf, y, two gradients, and room
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free memory on the GPU")
+    h = torch.randn(2, length, d, device="cuda", dtype=torch.bfloat16)
+    assert h.numel() > 2**31
+    R, W = (torch.randn(4, d, device="cuda") * d**-0.5 for _ in range(2))
+    b = torch.randn(4, device="cuda")
+    rows = [0, length - 2, length - 1]
+    positions = None if every_token else torch.tensor([rows, rows], device="cuda")
+    x, *leaves = (t.requires_grad_() for t in (h.clone(), R, W, b))
+    y = rk.edit(x * 1, *leaves, positions=positions, inplace=True, backend="triton")
+    grad = torch.zeros_like(h)
+    grad[:, rows] = torch.randn(2, 3, d, device="cuda", dtype=torch.bfloat16)
+    found = torch.autograd.grad(y, [x, *leaves], grad)
+
+    def by_reference(dtype: torch.dtype) -> list[torch.Tensor]:
+        some = [t.detach().cpu().to(dtype).requires_grad_() for t in (h[:, rows], *leaves)]
+        out = reference.edit(*some)
+        return [out.detach(), *torch.autograd.grad(out, some, grad[:, rows].cpu().to(dtype))]
+
+    results = [y.detach()[:, rows], found[0][:, rows], *found[1:]]
+    exact, plain = by_reference(torch.float64), by_reference(torch.bfloat16)
+    for name, result, oracle, baseline in zip(("y", "dh", "dR", "dW", "db"), results, exact, plain, strict=True):
+        assert_close(result, oracle, baseline.to(result.dtype), factor=3, name=name)
+    between = slice(1, length - 2)
+    if not every_token:
+        assert torch.equal(y.detach()[:, between].view(torch.int16), h[:, between].view(torch.int16))
+    assert not bool(found[0][:, between].any())
 
 
 def test_two_streams_do_not_share_a_barrier():
