@@ -14,6 +14,8 @@ PYTEST_ARGS ?=
 # Test processes, one thread each; 0 runs the tests in pytest's own process (for a debugger).
 WORKERS ?= 2
 DEMO_ARGS ?=
+# BENCH_ARGS="--quick --filter 'N448.*forward'" goes to the benchmark.
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
@@ -66,6 +68,10 @@ $(VENV)/ready: $(PINS) pyproject.toml setup.py
 .PHONY: demo
 demo: $(VENV)/ready ## train an adapter on SmolLM2-135M until it recites a text, and plot what it cost
 	@$(BIN)/python -m benchmarks.demo --out demo_output $(DEMO_ARGS)
+
+.PHONY: bench
+bench: $(VENV)/ready ## check and time the edit against its peers (BENCH_ARGS="--quick": seconds)
+	@$(BIN)/python -m benchmarks.run --suite ops $(BENCH_ARGS)
 
 .PHONY: test
 test: $(VENV)/ready ## run every test (PYTEST_ARGS="-k name" to choose)
