@@ -198,6 +198,83 @@ def test_programs_take_turns_and_go_through_all_calls():
         assert one.samples == 4
 
 
+class PretendGPU:
+    """Stands for torch.cuda: a clock that calls move on by their own microseconds, and graphs that hold calls."""
+
+    def __init__(self, monkeypatch: Any, refuses_capture: bool = False) -> None:
+        self.now, self.replay_costs, self.captured = 0.0, 5.0, []
+        gpu = self
+        self.recording: list[float] | None = None
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def elapsed_time(self, other: Any) -> float:
+                return (other.at - self.at) / 1e3
+
+        class Graph:
+            def capture_begin(self) -> None:
+                gpu.recording = []
+
+            def capture_end(self) -> None:
+                self.work, gpu.recording = gpu.recording, None
+                if refuses_capture:
+                    raise RuntimeError("operation not permitted when stream is capturing")
+                gpu.captured.append(len(self.work))
+
+            def replay(self) -> None:
+                gpu.now += gpu.replay_costs + sum(self.work)
+
+            def reset(self) -> None:
+                self.work = []
+
+        for name, value in {"Event": Event, "CUDAGraph": Graph, "synchronize": lambda: None}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def call(self, microseconds: float) -> programs.Call:
+        """A call that keeps the GPU busy for so long; outside a graph the host adds 30."""
+
+        def run_it() -> None:
+            if self.recording is None:
+                self.now += microseconds + 30
+            else:
+                self.recording.append(microseconds)
+
+        return run_it
+
+
+def test_a_graph_holds_a_millisecond_of_calls(monkeypatch: Any):
+    gpu = PretendGPU(monkeypatch)
+    found = timing.time_cuda([gpu.call(3.0), gpu.call(5.0)], timing.Effort(least=5, most=5))
+    assert found.method == "graph"
+    per_replay = gpu.captured[-1]
+    assert 2 * 70 < per_replay <= 500  # 2 * ceil(1000 / 13)
+    assert found.note == f"{per_replay} calls a replay"
+    assert found.p50 == pytest.approx(4 + 5 / per_replay)
+    assert found.p50 < 4.05
+
+
+def test_a_long_call_is_captured_once(monkeypatch: Any):
+    gpu = PretendGPU(monkeypatch)
+    found = timing.time_cuda([gpu.call(4000.0)], timing.Effort(least=5, most=5))
+    assert gpu.captured == [1]
+    assert found.p50 == pytest.approx(4005)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_what_no_graph_holds_is_timed_by_events(monkeypatch: Any, capturable: bool):
+    gpu = PretendGPU(monkeypatch, refuses_capture=True)
+    found = timing.time_cuda([gpu.call(3.0), gpu.call(5.0)], timing.Effort(least=5, most=5), capturable)
+    assert found.method == "events"
+    assert found.p50 == pytest.approx(34)
+    assert ("not permitted when stream is capturing" in found.note) == capturable
+    assert gpu.recording is None
+
+
 # The store.
 
 

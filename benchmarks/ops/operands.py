@@ -34,7 +34,7 @@ def make_sets(workload: Workload, count: int, device: torch.device, seed: int = 
         return torch.randn(shape, generator=rng, device=device, dtype=dtype)
 
     lead = (w.G,) if w.G > 1 else ()
-    R0 = torch.linalg.qr(normal(*lead, w.d, w.r)).Q.mT
+    R0 = torch.linalg.qr(normal(*lead, w.d, w.r)).Q.mT.contiguous()
     W0 = normal(*lead, w.r, w.d) * w.d**-0.5
     batch = torch.arange(w.B, device=device)[:, None]
     per_buffer = w.S // w.P if w.P else 1
