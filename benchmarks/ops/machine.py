@@ -100,6 +100,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "device": device_name(device),
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
+        "load": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -6,9 +6,10 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import reft_kernels as rk
 from benchmarks.ops.operands import Operands
-from benchmarks.ops.workloads import SIZES, Workload
+from benchmarks.ops.workloads import SIZES, Workload, sets_needed
 from benchmarks.pyreft_peer import PeerLoreft
 from reft_kernels import reference
 
@@ -42,13 +43,13 @@ class Prepared:
 class Peer:
     """What all peers have.
 
-    ``capturable``: it never waits for the GPU, so that a CUDA graph can hold it. ``core_only``: for the core workloads
-    alone, unless all are asked for. ``slow_start``: takes seconds before its first call.
+    ``no_graph``: why no CUDA graph can hold it, empty if one can. ``core_only``: for the core workloads alone, unless
+    all are asked for. ``slow_start``: takes seconds before its first call.
     """
 
     name = ""
     about = ""
-    capturable = True
+    no_graph = ""
     core_only = False
     slow_start = False
 
@@ -63,6 +64,10 @@ class Peer:
     def inplace(self, workload: Workload) -> bool:
         """Whether it writes h itself."""
         return False
+
+    def cold_sets(self, workload: Workload, cache_bytes: int) -> int:
+        """How many sets of operands it must rotate among to find none in the cache."""
+        return sets_needed(replace(workload, inplace=self.inplace(workload)), cache_bytes)
 
     def prepare(self, workload: Workload, operands: Operands) -> Prepared:
         """Binds the peer to a set of operands."""
@@ -258,7 +263,7 @@ class Oracle(Peer):
 
     name = "reference"
     about = "the oracle, reft_kernels.reference, in the dtype of h"
-    capturable = False
+    no_graph = "lists its rows on the host"
     core_only = True
 
     def refuses(self, workload: Workload, operands: Operands) -> str | None:
@@ -288,6 +293,7 @@ class Rewritten(Peer):
 
     name = "pyreft rewritten"
     about = "pyreft's LoreftIntervention written anew, without pyvene's hooks: a lower bound of pyreft"
+    no_graph = "torch's parametrisation of R calls a solver library"
     core_only = True
 
     def refuses(self, workload: Workload, operands: Operands) -> str | None:
@@ -301,6 +307,11 @@ class Rewritten(Peer):
 
     def inplace(self, workload: Workload) -> bool:
         return workload.inplace
+
+    def cold_sets(self, workload: Workload, cache_bytes: int) -> int:
+        """Few: each has a matrix [d, d] of its own, which is read at every call."""
+        base = workload.d * workload.d * 4
+        return min(super().cold_sets(workload, cache_bytes), math.ceil(2 * cache_bytes / base) + 1)
 
     def _module(self, workload: Workload) -> torch.nn.Module:
         return PeerLoreft(workload.d, workload.r, getattr(torch, workload.h))

@@ -15,7 +15,7 @@ COLUMNS = (
     "N", "B", "S", "d", "r", "G", "h_dtype", "param_dtype", "activation", "inplace", "grad_inplace",
     "p20_us", "p50_us", "p80_us", "samples", "bytes_min", "gb_per_s", "copy_gb_per_s", "share_of_copy",
     "launches", "aten_calls", "host_us", "peak_mib", "method", "sets", "note",
-    "device", "threads", "clocks_mhz", "python", "torch", "triton", "cuda", "commit", "date",
+    "device", "threads", "load", "clocks_mhz", "python", "torch", "triton", "cuda", "commit", "date",
 )  # fmt: skip
 
 Row = dict[str, str]

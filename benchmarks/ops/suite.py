@@ -21,9 +21,9 @@ from benchmarks.ops.operands import Operands, make_sets
 from benchmarks.ops.peers import Peer
 from benchmarks.ops.programs import Call, Step, bare_step, calls
 from benchmarks.ops.timing import Effort, Timing, host_microseconds, time_cpu, time_cuda
-from benchmarks.ops.workloads import MODES, Workload, minimum_bytes, sets_needed
+from benchmarks.ops.workloads import MODES, Workload, minimum_bytes
 
-MOST_SETS = {"cuda": 1024, "cpu": 64}
+MOST_SETS = {"cuda": 1024, "cpu": 512}
 # A graph of more operations than this takes long to capture and to instantiate.
 MOST_OPERATIONS = 40_000
 
@@ -125,8 +125,9 @@ def timing_stream(device: torch.device) -> Iterator[None]:
 
 
 def _run_workload(plan: Plan, workload: Workload, peers: Sequence[Peer], limit: float | None, outcome: Outcome) -> None:
-    count = sets_needed(workload, machine.cache_bytes(plan.device), MOST_SETS[plan.device.type])
-    sets = make_sets(workload, count if plan.timings else 1, plan.device)
+    cache = machine.cache_bytes(plan.device)
+    needed = max(peer.cold_sets(workload, cache) for peer in peers) if plan.timings else 1
+    sets = make_sets(workload, min(needed, MOST_SETS[plan.device.type]), plan.device)
     wanted = expected(workload, sets[0])
     able = []
     for peer in peers:
@@ -154,7 +155,7 @@ def _run_workload(plan: Plan, workload: Workload, peers: Sequence[Peer], limit: 
     if not plan.timings:
         return
     for mode in MODES:
-        for heat, chosen in _heats(workload, sets, machine.cache_bytes(plan.device)):
+        for heat, chosen in _heats(workload, sets, cache):
             timed = [peer for peer in able if plan.wants(workload, peer, mode, heat)]
             if timed:
                 rows = _time(plan, workload, timed, mode, heat, chosen, limit, outcome)
@@ -199,13 +200,14 @@ def _time(
     for peer in peers:
         try:
             facts[peer.name] = _facts(plan.device, calls(peer, workload, sets[:1], mode)[0], mode, workload.core)
-            used = sets[: max(1, MOST_OPERATIONS // max(facts[peer.name]["aten_calls"], 1))]
-            facts[peer.name]["sets"] = len(used)
+            needed = peer.cold_sets(workload, machine.cache_bytes(plan.device))
+            used = sets[: max(1, min(needed, MOST_OPERATIONS // max(facts[peer.name]["aten_calls"], 1)))]
+            facts[peer.name] |= {"sets": len(used), "needed": needed}
             program = calls(peer, workload, used, mode)
             if plan.device.type == "cpu":
                 programs[peer.name] = program
             else:
-                timings[peer.name] = time_cuda(program, plan.effort, peer.capturable)
+                timings[peer.name] = time_cuda(program, plan.effort, peer.no_graph)
                 facts[peer.name]["host_us"] = f"{host_microseconds(program):.1f}"
         except Exception as error:  # the others' rows are worth having; this one's says what happened
             facts[peer.name] = {"error": error}
@@ -225,8 +227,9 @@ def _time(
             continue
         assert timing is not None
         notes = [timing.note] if timing.note else []
-        if heat == "cold" and fact["sets"] < len(sets):
-            notes.append(f"rotates among {fact['sets']} of {len(sets)} sets: partly cached")
+        needed = fact.pop("needed")
+        if heat == "cold" and fact["sets"] < needed:
+            notes.append(f"rotates among {fact['sets']} of {needed} sets: partly cached")
         fact |= {"note": "; ".join(notes), "clocks_mhz": clocks}
         rows.append(_row(plan, workload, peer, mode, heat, timing=timing, limit=limit, **fact))
         _say(f"  {mode:<8} {heat:<4} {peer.name:<16} {timing.p50:10.2f} us  {timing.method}")

@@ -98,18 +98,18 @@ def _seconds(cycle: itertools.cycle[Call], count: int) -> float:
     return time.perf_counter() - start
 
 
-def time_cuda(calls: Sequence[Call], effort: Effort, capturable: bool = True) -> Timing:
+def time_cuda(calls: Sequence[Call], effort: Effort, no_graph: str = "") -> Timing:
     """Times calls on the current CUDA stream, which must not be the default one.
 
     All calls, in order and as often as make about a millisecond, are captured in one graph; a sample is the time of a
     replay over the number of calls in it. Where that cannot be, a sample is a pass over the calls between two events,
-    which contains the host's time where the GPU waits for it; the note says why.
+    which contains the host's time where the GPU waits for it; the note says why. ``no_graph`` is a reason known before.
     """
     for call in calls:
         call()
     torch.cuda.synchronize()
-    if not capturable:
-        return _time_events(calls, effort, "waits for the GPU: no graph can hold it")
+    if no_graph:
+        return _time_events(calls, effort, f"no graph: {no_graph}")
     try:
         graph = _capture(calls)
         once = percentile(_events([graph.replay], 5), 0.5)

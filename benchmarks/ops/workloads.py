@@ -183,6 +183,6 @@ def _quick(device: str) -> list[Workload]:
     ]
 
 
-def sets_needed(workload: Workload, cache_bytes: int, most: int) -> int:
-    """How many sets a rotation takes so that none is left in the cache, at most ``most``: twice the cache and one."""
-    return max(1, min(most, math.ceil(2 * cache_bytes / touched_bytes(workload)) + 1))
+def sets_needed(workload: Workload, cache_bytes: int) -> int:
+    """How many sets a rotation takes so that none is left in the cache: as many as hold twice the cache, and one."""
+    return math.ceil(2 * cache_bytes / touched_bytes(workload)) + 1
