@@ -72,22 +72,6 @@ def test_explain_takes_what_edit_takes() -> None:
     assert "r=65" in explain(torch.randn(2, 100), torch.randn(65, 100))["triton"]
 
 
-@pytest.mark.parametrize("d", [1, 60, 64, 768, 4096, 4097, 16384])
-def test_tiles_cover_what_they_must(d: int) -> None:
-    for r in (1, 2, 3, 16, 17, 64):
-        configs = [triton.forward_config(r, d), *(triton.backward_config(r, d, linear) for linear in (True, False))]
-        for config in configs:
-            for name, value in config.items():
-                if name not in ("r", "num_warps", "num_stages"):
-                    assert value & (value - 1) == 0, name
-            assert config.get("r", r) == r
-            assert config.get("BLOCK_R", r) >= r
-            assert config.get("BLOCK_D", 4) % 4 == 0
-        for config in configs[1:]:
-            assert min(config[name] for name in ("BLOCK_N", "SLAB_R", "SLAB_D")) >= 16  # for tl.dot
-            assert config["SLAB_R"] >= r
-
-
 @pytest.mark.parametrize("backend", [eager, triton], ids=lambda b: b.name)
 @pytest.mark.parametrize("activation", ["linear", "tanh"])
 @pytest.mark.parametrize("save_rows", [False, True])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from reft_kernels.backends import triton as launcher
 from reft_kernels.problem import EditProblem, Needs
-from reft_kernels.triton.config_tables import CONFIGS, Config, Key, make_config
+from reft_kernels.triton.config_tables import Config, Key
+from reft_kernels.triton.heuristics import backward_config, forward_config
 from reft_kernels.triton.launch_configs import use_config
 
 # Above this many rows every token is edited, below it named positions are.
@@ -35,10 +36,8 @@ def heuristic(key: Key, device: torch.device) -> Config:
     """What the launcher takes for ``key`` without a table."""
     problem = _problem(key, lambda *shape: torch.empty(shape, device="meta"))
     if key.op == "edit_forward":
-        values = launcher.forward_config(problem, key.N)
-    else:
-        values = launcher.backward_config(problem, key.N, launcher._resident_programs(device))
-    return make_config(key.op, {name: values[name] for name in CONFIGS[key.op]._fields})
+        return forward_config(problem, key.N)
+    return backward_config(problem, key.N, launcher._resident_programs(device))
 
 
 class DeviceBench:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import os
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from reft_kernels.philox import keep_threshold
 from reft_kernels.problem import EditProblem, Needs
+from reft_kernels.triton.config_tables import BackwardConfig, Config
+from reft_kernels.triton.heuristics import backward_config, forward_config, padded_rank
+from reft_kernels.triton.launch_configs import device_name, lookup
 
 name = "triton"
 
@@ -36,7 +40,7 @@ def unavailable() -> str | None:
     version: str = importlib.import_module("triton").__version__
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
         return f"needs Triton {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer, got {version}"
-    if torch.version.hip is not None:
+    if _on_amd():
         return "AMD GPUs are not supported yet"
     if not (interpreted() or torch.cuda.is_available()):
         return "no GPU (torch.cuda.is_available() is False), and TRITON_INTERPRET=1 is not set"
@@ -48,12 +52,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _on_amd() -> bool:
+    return torch.version.hip is not None
+
+
 def unsupported(problem: EditProblem) -> str | None:
     """Why this edit is not for these kernels; None if it is."""
     device = problem.h.device
     if interpreted():
         if device.type != "cpu":
             return f"the interpreter takes CPU tensors, got h on {device}"
+        operands = (problem.h, problem.R, problem.W, problem.b, problem.c, problem.scale)
+        if problem.accumulator == torch.float64 and any(t is not None and t.dtype == torch.bfloat16 for t in operands):
+            return "the interpreter does not convert between bfloat16 and float64"
     elif device.type != "cuda":
         return f"needs h on a CUDA device, got {device}"
     elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
@@ -100,13 +111,20 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
     if rows == 0:
         return y, delta, s, before
     kernels = _kernels()
+    config = _measured("edit_forward", p, rows) or forward_config(p, rows)
+    programs = -(-rows // config.BLOCK_N)
+    if config.METHOD == "weights":
+        programs = min(programs, _resident_programs(h.device))
     with _on_device(h):
-        kernels.forward[(rows,)](
+        kernels.forward[(programs,)](
             h, y, delta, s, before, *_weights(p), p.positions, p.group, p.scale, p.seed,
-            rows, slots, length, p.R.shape[0], d,
+            rows, slots, length, p.R.shape[0],
             h.stride(0), h.stride(1), y.stride(0), y.stride(1), *_slot_strides(p),
             1 / (1 - p.dropout),
-            **forward_config(r, d),
+            d=d,
+            r=r,
+            **config._asdict(),
+            BLOCK_R=padded_rank(config, r),
             **_flags(p),
             HAS_B=p.b is not None,
             HAS_C=p.c is not None and p.subtract,
@@ -121,7 +139,15 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
 
 
 def edit_backward(
-    grad: Tensor, problem: EditProblem, delta: Tensor, s: Tensor, needs: Needs
+    grad: Tensor,
+    problem: EditProblem,
+    delta: Tensor,
+    s: Tensor,
+    needs: Needs,
+    *,
+    inplace: bool = False,
+    rebuild: bool = False,
+    into: tuple[Tensor | None, ...] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See :func:`reft_kernels.backends.eager.edit_backward`."""
     p = problem
@@ -129,16 +155,19 @@ def edit_backward(
     slots = length if p.positions is None else p.positions.shape[1]
     rows, r = batch * slots, p.R.shape[1]
     linear = p.activation == "linear"
-    if needs.h:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-    elif grad.stride(2) != 1:
+    if grad.stride(2) != 1 and d > 1:
         grad = grad.contiguous()
+    elif needs.h and not inplace:
+        grad = grad.clone(memory_format=torch.contiguous_format)
     x = p.h if p.h.stride(-1) == 1 or d <= 1 else p.h.contiguous()
-    make = torch.empty_like if rows else torch.zeros_like
-    dR = make(p.R, memory_format=torch.contiguous_format) if needs.R else None
-    dW = make(p.W, memory_format=torch.contiguous_format) if needs.W and p.W is not None else None
-    db = make(p.b, memory_format=torch.contiguous_format) if needs.b and p.b is not None else None
-    dc = make(p.c, memory_format=torch.contiguous_format) if needs.c and p.c is not None else None
+    weights = (p.R, p.W, p.b, p.c)
+    sums = (None,) * 4 if into is None else into
+    asked = tuple(need and t is not None for need, t in zip(needs[1:], weights, strict=True))
+    outputs = [
+        (own if own is not None else _output_like(t, rows)) if ask and t is not None else None
+        for t, ask, own in zip(weights, asked, sums, strict=True)
+    ]
+    dR, dW, db, dc = outputs
     gradients = (grad if needs.h else None, dR, dW, db, dc)
     if rows == 0:
         return gradients
@@ -146,27 +175,39 @@ def edit_backward(
     gs = gd if linear else torch.empty_like(gd)
     R, W, _, _ = _weights(p)
     kernels = _kernels()
-    config = backward_config(r, d, linear)
-    slabs = -(-d // config["SLAB_D"]) * p.R.shape[0]
+    resident = _resident_programs(grad.device)
+    config = _measured("edit_backward", p, rows) or backward_config(p, rows, resident)
+    assert isinstance(config, BackwardConfig)
+    items = -(-d // config.SLAB_D) * p.R.shape[0]
+    programs = min(max(-(-rows // config.ROWS_N), items), resident)
+    chunk = _chunk(rows, d, grad, x, config, programs, items)
     phases = (1, 2) if interpreted() else (0,)
     with _on_device(grad):
-        programs = min(max(rows, slabs), _resident_programs(grad.device))
         for phase in phases:
             kernels.backward[(programs,)](
                 grad, x, delta, s, R, W, p.positions, p.group, p.scale, p.seed, gd, gs, dR, dW, db, dc,
                 _barrier_word(grad.device) if phase == 0 else None,
-                rows, slots, length, p.R.shape[0], d,
+                rows, slots, length, p.R.shape[0], chunk,
                 grad.stride(0), grad.stride(1), *((x.stride(0), x.stride(1)) if x.dim() == 3 else (0, 0)),
                 *_slot_strides(p),
                 1 / (1 - p.dropout),
-                **config,
+                d=d,
+                r=r,
+                **config._asdict(),
+                BLOCK_R=padded_rank(config, r),
                 **_flags(p),
+                CHUNKED=chunk < rows,
                 X_IS_ROWS=x.dim() == 2,
+                REBUILD=rebuild,
                 NEED_H=needs.h,
                 NEED_R=dR is not None,
                 NEED_W=dW is not None,
                 NEED_B=db is not None,
                 NEED_C=dc is not None,
+                ADD_R=sums[0] is not None,
+                ADD_W=sums[1] is not None,
+                ADD_B=sums[2] is not None,
+                ADD_C=sums[3] is not None,
                 PHASE=phase,
                 ACCUMULATOR=kernels.accumulators[p.accumulator],
                 enable_fp_fusion=True,
@@ -175,25 +216,28 @@ def edit_backward(
     return gradients
 
 
-def forward_config(r: int, d: int) -> dict[str, int]:
-    """Tile sizes and warps of the forward kernel."""
-    block_r = _power_of_two(r)
-    block_d = max(64, min(1024, 8192 // block_r, _power_of_two(d)))
-    return {"r": r, "BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": 4}
+def _output_like(weight: Tensor, rows: int) -> Tensor:
+    make = torch.empty_like if rows else torch.zeros_like
+    return make(weight, memory_format=torch.contiguous_format)
 
 
-def backward_config(r: int, d: int, linear: bool) -> dict[str, int]:
-    """Tile sizes and warps of the backward kernel; ``tl.dot`` wants at least 16 in every dimension.
-
-    A float32 dot on CUDA cores holds its operands in registers: wider slabs than these spill.
-    """
-    slab_r = max(16, _power_of_two(r))
-    tile = 32 if linear and slab_r <= 16 else 16
-    return {**forward_config(r, d), "BLOCK_N": tile, "SLAB_R": slab_r, "SLAB_D": tile, "num_warps": 8}
+def _measured(op: str, p: EditProblem, rows: int) -> Config | None:
+    """The configuration that the tables of the device of h have for an edit of so many slots."""
+    return lookup(
+        op, device_name(p.h.device), N=rows, d=p.R.shape[2], r=p.R.shape[1], h=p.h.dtype, parameters=p.R.dtype,
+        linear=p.activation == "linear", grouped=p.group is not None, dropout=p.dropout,
+    )  # fmt: skip
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+def _chunk(rows: int, d: int, grad: Tensor, x: Tensor, config: BackwardConfig, programs: int, items: int) -> int:
+    """Slots a chunk of the backward: what half of the L2 cache holds of the gradient and of x, if that helps."""
+    if items > programs:
+        return rows
+    # Every tile of phase 2 starts at a multiple of BLOCK_N: the sums are the same whatever the chunk.
+    step = math.lcm(programs * config.ROWS_N, config.BLOCK_N)
+    fitting = _l2_bytes(grad.device) // 2 // (d * (grad.element_size() + x.element_size()))
+    chunk = max(step, fitting // step * step)
+    return chunk if 2 * chunk <= rows else rows
 
 
 def _weights(p: EditProblem) -> tuple[Tensor | None, ...]:
@@ -215,6 +259,8 @@ def _flags(p: EditProblem) -> dict[str, Any]:
         "HAS_SCALE": p.scale is not None,
         "DROPOUT": p.dropout > 0,
         "KEEP_THRESHOLD": keep_threshold(p.dropout),
+        # Three products of tf32 terms: as good as float32. The interpreter and AMD GPUs multiply float32 as such.
+        "FLOAT32_DOT": "ieee" if interpreted() or _on_amd() else "tf32x3",
     }
 
 
@@ -229,6 +275,14 @@ def _resident_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 3  # the interpreter: few, but more than one, so that the work is strided as on a GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    """Bytes of the L2 cache."""
+    if device.type != "cuda":
+        return 32 * 1024  # the interpreter: little, so that tests go through several chunks
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 @functools.cache

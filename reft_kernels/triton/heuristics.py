@@ -1,0 +1,74 @@
+"""Launch configurations for devices and shapes without a measured table: pure functions of the edit and its size.
+
+What they weigh: for few slots, how many programs there are and how long one takes; for many, how often the weights
+are read again from the L2 cache, as each program reads all of them; and the registers, of which none may spill.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from reft_kernels.problem import EditProblem
+from reft_kernels.triton.config_tables import BackwardConfig, Config, ForwardConfig
+
+# The largest r, and d, for which rows are held in registers and CUDA cores multiply; above, tensor cores do.
+MAX_ROWS_RANK = 8
+MAX_ROWS_D = 16384
+# Elements of h that 8 warps hold in registers beside their work, and of R and of W each.
+HELD_ROWS = 16384
+HELD_WEIGHTS = 16384
+# From here on the reading of weights counts most, below the number of programs.
+MANY_SLOTS = 2048
+
+
+def forward_config(p: EditProblem, slots: int) -> ForwardConfig:
+    """The forward's configuration for ``slots`` = N slots."""
+    groups, r, d = p.R.shape
+    wide = max(4, power_of_two(d))
+    light = p.h.dtype == torch.bfloat16 and p.dropout == 0
+    if slots >= MANY_SLOTS and p.group is None and power_of_two(r) * wide <= HELD_WEIGHTS:
+        return ForwardConfig("weights", BLOCK_N=1, BLOCK_D=wide, STAGES=4 if wide <= 4096 else 2, num_warps=8)
+    few = slots < MANY_SLOTS and r <= MAX_ROWS_RANK
+    if d <= MAX_ROWS_D and (few or (slots <= 256 and groups > 2)):
+        # In a batch of many adapters neighbours share no weights.
+        block = 1 if groups > 2 else min(4, HELD_ROWS // wide, power_of_two(-(-slots // 128)))
+        warps = 4 if block * wide <= 4096 else 8
+        return ForwardConfig("rows", block, wide, STAGES=2 if wide <= 8192 else 1, num_warps=warps)
+    block = 16 if slots <= 2 * MANY_SLOTS else (64 if light and r > 16 else 32)
+    columns = 32 if not light else 64 if _burdens(p) else 128
+    return ForwardConfig("tiles", block, min(columns, max(16, wide)), STAGES=2, num_warps=4 if block <= 16 else 8)
+
+
+def backward_config(p: EditProblem, slots: int, resident: int) -> BackwardConfig:
+    """The backward's configuration for ``slots`` = N slots, on a device where ``resident`` programs run at once."""
+    groups, r, d = p.R.shape
+    wide = max(4, power_of_two(d))
+    burdens = _burdens(p)
+    light = burdens == 0 or (burdens == 1 and r > 16)
+    block = 64 if burdens == 0 else 32 if light else 16
+    stages = 2 if burdens == 0 else 1
+    # One slab a program where that is possible: then many slots can go chunk by chunk.
+    slab = 64 if burdens == 0 and -(-d // 32) * groups > resident else 32
+    if d <= MAX_ROWS_D and r <= MAX_ROWS_RANK and slots < MANY_SLOTS:
+        method, rows, columns, fetched = "rows", min(4, HELD_ROWS // wide), wide, 2 if wide <= 8192 else 1
+    else:
+        method, rows, columns, fetched = "tiles", 16, min(64 if burdens else 128, max(16, wide)), 2
+    return BackwardConfig(
+        method, rows, columns, block, slab, SLAB_STAGES=stages, STAGES=fetched, num_warps=8
+    )  # fmt: skip
+
+
+def padded_rank(config: Config, r: int) -> int:
+    """r padded to the blocks that a kernel makes of it: ``tl.dot`` takes no fewer than 16."""
+    dots = isinstance(config, BackwardConfig) or config.METHOD == "tiles"
+    return max(16, power_of_two(r)) if dots else power_of_two(r)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _burdens(p: EditProblem) -> int:
+    """How many things make an edit's tiles need more registers: three-term products, f, a large rank, dropout."""
+    return (p.h.dtype != torch.bfloat16) + (p.activation != "linear") + (p.R.shape[1] > 16) + (p.dropout > 0)
