@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.fx_passes import post_grad
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
@@ -66,6 +69,31 @@ def test_opcheck_of_backward(needs: list[bool], case: EditCase, backend: str) ->
     opcheck(
         torch.ops.reft_kernels.edit_backward.default,
         (grad, *problem, delta, s, needs, backend),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@backends
+@cases
+@pytest.mark.parametrize("save_rows", [False, True])
+def test_opcheck_of_forward_in_place(save_rows: bool, case: EditCase, backend: str) -> None:
+    o = clean(replace(case, layout="contiguous"))
+    opcheck(
+        torch.ops.reft_kernels.edit_forward_.default,
+        (*problem_of(o), save_rows, backend),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@backends
+@cases
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_opcheck_of_backward_in_place(rebuild: bool, case: EditCase, backend: str) -> None:
+    problem = problem_of(clean(replace(case, layout="contiguous", dropout=0.0)))
+    y, delta, s = torch.ops.reft_kernels.edit_forward(*problem, backend)
+    opcheck(
+        torch.ops.reft_kernels.edit_backward_.default,
+        (torch.randn_like(y), *problem._replace(h=y), delta, s, [True] * 5, rebuild, backend),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -190,6 +218,171 @@ def test_second_derivative_of_the_op_is_an_error() -> None:
     (first,) = torch.autograd.grad(y.square().sum(), h, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(first.sum() + h.sum(), h)
+
+
+# In place within a compiled graph.
+
+
+class Graphs:
+    """The graphs that Inductor generates code from, after it decided which mutations need a copy first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.graphs: list[torch.fx.Graph] = []
+        inner = post_grad.decompose_auto_functionalized
+
+        def decompose(graph: torch.fx.Graph) -> object:
+            result = inner(graph)
+            self.graphs.append(graph)
+            return result
+
+        monkeypatch.setattr(post_grad, "decompose_auto_functionalized", decompose)
+
+    def edits(self) -> list[str]:
+        return [name for graph in self.graphs for name in self._names(graph) if "reft_kernels" in name]
+
+    def copies(self, size: int) -> list[int]:
+        """How many copies of ``size`` elements stand in each graph."""
+        return [
+            sum(
+                any(word in str(node.target) for word in ("clone", "copy"))
+                and isinstance(node.meta.get("val"), torch.Tensor)
+                and node.meta["val"].numel() == size
+                for node in graph.nodes
+                if node.op == "call_function"
+            )
+            for graph in self.graphs
+        ]
+
+    @staticmethod
+    def _names(graph: torch.fx.Graph) -> list[str]:
+        return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    torch._dynamo.reset()
+    with inductor_config.patch(force_disable_caches=True):
+        yield Graphs(monkeypatch)
+
+
+POSITIONS = torch.tensor([[0, 3, -1], [4, 1, 2]])
+Operands = dict[str, torch.Tensor]
+
+
+def written(t: Operands, h: torch.Tensor, **how: object) -> torch.Tensor:
+    how = {"positions": POSITIONS, "inplace": True, **how}
+    return edit(h, t["R"], t["W"], t["b"], backend="eager", **how)
+
+
+def two_blocks(t: Operands, **how: object) -> torch.Tensor:
+    h = t["x"]
+    for _ in range(2):
+        h = written(t, h + torch.tanh(h @ t["M"]), **how)
+    return (h + torch.tanh(h @ t["M"])).square().sum()
+
+
+def two_blocks_rebuilt(t: Operands) -> torch.Tensor:
+    return two_blocks(t, rebuild=True)
+
+
+def every_row(t: Operands) -> torch.Tensor:
+    return two_blocks(t, positions=None)
+
+
+def older_sibling(t: Operands) -> torch.Tensor:
+    sibling = t["x"] * 3
+    return (written(t, t["x"] * 1) + sibling @ t["M"]).square().sum()
+
+
+# The first forward and backward compiled in a process take the longest.
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", [two_blocks, two_blocks_rebuilt, every_row, older_sibling], ids=lambda g: g.__name__)
+def test_compiled_in_place_edit_copies_nothing(graph: Callable[[Operands], torch.Tensor], graphs: Graphs) -> None:
+    shapes = {"x": (2, 24, 16), "R": (3, 16), "W": (3, 16), "b": (3,), "M": (16, 16)}
+    tensors = {name: torch.randn(shape).mul_(0.3).requires_grad_() for name, shape in shapes.items()}
+    inputs = list(tensors.values())
+    expected = torch.autograd.grad(graph(tensors), inputs)
+    got = torch.autograd.grad(torch.compile(graph, fullgraph=True)(tensors), inputs)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    names = graphs.edits()
+    assert set(names) == {"reft_kernels.edit_forward_.default", "reft_kernels.edit_backward_.default"}
+    assert graphs.copies(tensors["x"].numel()) == [0, 0]
+
+
+def test_compiled_op_that_kept_h_before_the_edit_is_an_error_as_without_compiling() -> None:
+    torch._dynamo.reset()
+    x, R = torch.randn(2, 6, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        before = h.square()  # keeps h
+        return (edit(h, R, positions=POSITIONS, backend="eager", inplace=True) * before).sum()
+
+    for run in (function, torch.compile(function, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            run(x).backward()
+
+
+def test_compiled_in_place_edit_leaves_the_callers_gradient_alone(graphs: Graphs) -> None:
+    """The gradient of a graph's output is the caller's: it is copied, and the count above can count."""
+    x, R = torch.randn(2, 6, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+    y = torch.compile(lambda h: written({"R": R, "W": R * 2, "b": R[:, 0]}, h.sin()), fullgraph=True)(x)
+    upstream = torch.randn_like(y)
+    before = upstream.clone()
+    got = torch.autograd.grad(y, (x, R), upstream)
+    assert_bitwise_equal(upstream, before)
+    assert graphs.copies(x.numel()) == [0, 1]
+    y = edit(x.sin(), R, R * 2, R[:, 0], positions=POSITIONS, backend="eager")
+    for one, other in zip(got, torch.autograd.grad(y, (x, R), upstream), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rebuild", [None, False, True])
+def test_compiled_in_place_with_dynamic_shapes_once_and_without_a_break(rebuild: bool | None) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    R, W, b = (torch.randn(*s, requires_grad=True) for s in ((2, 8), (2, 8), (2,)))
+
+    def function(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        h = edit(x + x.sin(), R, W, b, positions=positions, activation="tanh", inplace=True, rebuild=rebuild)
+        return edit(h * 2, R, W, b, inplace=True, rebuild=rebuild)
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    counts = []
+    for batch, length, slots in ((3, 7, 5), (4, 9, 3), (5, 11, 6)):
+        x = torch.randn(batch, length, 8, requires_grad=True)
+        positions = torch.rand(batch, length).argsort(1)[:, :slots].contiguous()
+        for dim in (0, 1):
+            torch._dynamo.mark_dynamic(x, dim)
+            torch._dynamo.mark_dynamic(positions, dim)
+        y, expected = compiled(x, positions), function(x, positions)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        inputs = (x, R, W, b)
+        for got, want in zip(
+            torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        counts.append(counter.frame_count)
+    assert counts == [1, 1, 1]
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(function)(x, positions)
+    assert explained.graph_break_count == 0
+    assert explained.graph_count == 1
+
+
+def test_what_compiled_edits_in_place_refuse() -> None:
+    torch._dynamo.reset()
+    R = torch.randn(2, 8)
+    h = torch.randn(8, 6).T
+    for call, message in (
+        (lambda: edit(h, R, inplace=True), "unit stride"),
+        (lambda: edit(torch.randn(2, 3, 2, 8).transpose(0, 2), R, inplace=True), "cannot be written row by row"),
+        (lambda: edit(h, R, accumulate=True), "accumulate: expected False under torch.compile"),
+        (lambda: edit(h, R, inplace=True, dropout=0.5, rebuild=True), "dropout loses what it drops"),
+    ):
+        with pytest.raises(Exception, match=message):
+            torch.compile(call, fullgraph=True, backend="eager")()
 
 
 class Block(torch.nn.Module):

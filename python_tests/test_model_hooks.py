@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 import transformers
+from functorch.compile import make_boxed_func
 from hand_edits import edited_by_hand, strengthen
 from tiny_models import ARCHITECTURES, LAYERS, WIDTH, random_batch, tiny_model
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.fx_passes import post_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft_kernels.config import ReftConfig
@@ -595,6 +599,63 @@ def test_compiles_in_one_graph() -> None:
         torch._dynamo.reset()
         compiled: Any = torch.compile(reft_model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(**batch).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tied": True}, {"positions": None, "tied": True}], ids=str)
+def test_a_compiled_training_step_is_one_graph_that_edits_in_place(settings: dict[str, Any]) -> None:
+    reft_model = make(tiny_model("llama"), **settings)
+    batch = random_batch([8, 8])
+    batch["labels"] = batch["input_ids"]
+    parameters = [p for p in reft_model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(reft_model(**batch).loss, parameters)
+    torch._dynamo.reset()
+    targets: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    compiled: Any = torch.compile(reft_model, backend=aot_autograd(fw_compiler=note), fullgraph=True)
+    found = torch.autograd.grad(compiled(**batch).loss, parameters)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    ours = [target for target in targets if "reft_kernels.edit" in target]
+    assert not ours  # all of them stand in the functional form of what writes its operand
+    assert sum("auto_functionalized" in target for target in targets) == 2 * LAYERS
+
+
+@pytest.mark.slow
+def test_a_compiled_training_step_copies_no_hidden_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+    inner = post_grad.decompose_auto_functionalized
+
+    def decompose(graph: torch.fx.Graph) -> object:
+        result = inner(graph)
+        graphs.append(graph)
+        return result
+
+    monkeypatch.setattr(post_grad, "decompose_auto_functionalized", decompose)
+    reft_model = make(tiny_model("llama", num_hidden_layers=2), tied=True)
+    batch = random_batch([8, 8])
+    batch["labels"] = batch["input_ids"]
+    parameters = [p for p in reft_model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(reft_model(**batch).loss, parameters)
+    torch._dynamo.reset()
+    with inductor_config.patch(force_disable_caches=True):
+        loss = torch.compile(reft_model, fullgraph=True)(**batch).loss
+        found = torch.autograd.grad(loss, parameters)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    calls = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    edits = [str(node.target) for node in calls if "reft_kernels" in str(node.target)]
+    assert edits == ["reft_kernels.edit_forward_.default"] * 2 + ["reft_kernels.edit_backward_.default"] * 2
+    copied = [
+        list(node.meta["val"].shape)
+        for node in calls
+        if any(word in str(node.target) for word in ("clone", "copy")) and isinstance(node.meta.get("val"), Tensor)
+    ]
+    assert copied
+    assert [2, 8, WIDTH] not in copied
 
 
 def test_transformers_trainer(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ Checks the operands, brings them into one layout and hands them to a backend: th
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from reft_kernels.autograd import Options, apply_edit, saves_through_hooks
 from reft_kernels.backends.registry import BACKENDS, NAMES, availability, refusal
-from reft_kernels.ops import run_forward
+from reft_kernels.ops import edit_in_place, run_forward
 from reft_kernels.problem import EditProblem, as_rows
 from reft_kernels.reference import ACTIVATIONS
 
@@ -107,14 +108,19 @@ def edit(
         reason = "dropout loses what it drops" if inplace else "an edit out of place leaves h as it is"
         raise ValueError(f"rebuild: expected None or False, as {reason}; got True")
     if torch.compiler.is_compiling():
-        if inplace:  # the op keeps the tensor that it was given for its backward, and h is written
-            problem = problem._replace(h=problem.h.clone())
-        y = torch.ops.reft_kernels.edit_forward(*problem, backend)[0].view(h.shape)
-        return h.copy_(y) if inplace else y
+        if accumulate:
+            raise ValueError("accumulate: expected False under torch.compile, which has no `.grad` to add to; got True")
+        if not inplace:
+            y: Tensor = torch.ops.reft_kernels.edit_forward(*problem, backend)[0]
+            return y.view(h.shape)
+        _check_layout(h)
+        if rebuild is None:
+            rebuild = positions is None and dropout == 0
+        return edit_in_place(h, problem, rebuild, backend)
     if _debug:
         _check_contents(problem)
     if inplace:
-        _check_writable(h, problem.h)
+        _check_writable(h)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (h, R, W, b, c)):
         options = Options(backend, inplace, rebuild=_rebuilds(rebuild, inplace, h, problem), accumulate=accumulate)
         return apply_edit(h, R, W, b, c, problem, options)
@@ -308,16 +314,26 @@ def _check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> Non
         raise TypeError(f"{name}: expected a tensor of {kinds}, got {_describe(value)}")
 
 
-def _check_writable(h: Tensor, rows: Tensor) -> None:
+def _check_writable(h: Tensor) -> None:
     """In place, h must be writable row by row without a copy."""
     if torch.is_grad_enabled():
         source = h._base if h._is_view() and h._base is not None else h
         if source.requires_grad and source.is_leaf:
             kind = "a leaf" if source is h else "a view of a leaf"
             raise ValueError(f"inplace: h is {kind} that requires a gradient and cannot be written; use inplace=False")
-    if rows.data_ptr() != h.data_ptr() or any(s == 0 and n > 1 for n, s in zip(h.shape, h.stride(), strict=True)):
+    _check_layout(h)
+
+
+def _check_layout(h: Tensor) -> None:
+    """In place, h must lie in memory such that a view of it has the rows [B, S, d]."""
+    shape, stride = h.shape, h.stride()
+    joined = True
+    if h.dim() > 3:  # the leading dimensions are taken as one
+        leading = [(n, s) for n, s in zip(shape[:-1], stride[:-1], strict=True) if n != 1]
+        joined = all(s == n_next * s_next for (_, s), (n_next, s_next) in pairwise(leading))
+    if not joined or any(s == 0 and n > 1 for n, s in zip(shape, stride, strict=True)):
         raise ValueError(
-            f"inplace: h of shape {_shape(h)} and strides {list(h.stride())} cannot be written row by row; "
+            f"inplace: h of shape {_shape(h)} and strides {list(stride)} cannot be written row by row; "
             "use inplace=False"
         )
     if h.shape[-1] > 1 and h.stride(-1) != 1:

@@ -177,10 +177,10 @@ class CallHook:
 
 def may_write(h: Tensor) -> bool:
     """Whether an edit may overwrite h: a plain tensor of a module's own making that autograd lets be written."""
-    if torch.compiler.is_compiling() or h._is_view():
+    if h._base is not None or (h.requires_grad and h.is_leaf):
         return False
-    if h.requires_grad and h.is_leaf:
-        return False
+    if torch.compiler.is_compiling():  # Dynamo traces no inference mode
+        return True
     return not h.is_inference() or torch.is_inference_mode_enabled()
 
 

@@ -1,8 +1,10 @@
 """The edit as ``torch.library`` ops, for ``torch.compile`` and ``torch.export``.
 
-Two ops, ``reft_kernels::edit_forward`` and ``reft_kernels::edit_backward``, both functional, with fakes, and the
-first with autograd. They take the operands of :class:`reft_kernels.problem.EditProblem`; in eager mode
-:mod:`reft_kernels.autograd` calls the same backends without the ops' cost.
+Out of place: ``reft_kernels::edit_forward`` and ``reft_kernels::edit_backward``, both functional, the first with
+autograd. In place: ``edit_forward_`` writes h, ``edit_backward_`` the gradient that it is given; autograd's rule for
+them is :class:`InPlaceEdit`, which Dynamo traces, and what must not be overwritten the compiler copies. All have fakes
+and take the operands of :class:`reft_kernels.problem.EditProblem`; in eager mode :mod:`reft_kernels.autograd` calls
+the same backends without the ops' cost.
 """
 
 from __future__ import annotations
@@ -13,18 +15,28 @@ import torch
 from torch import Tensor
 
 from reft_kernels.backends.registry import choose
-from reft_kernels.problem import EditProblem, Needs, without_autocast
+from reft_kernels.problem import EditProblem, Needs, as_rows, without_autocast
 
-_OPERANDS = (
-    "Tensor h, Tensor R, Tensor? W, Tensor? b, Tensor? c, Tensor? positions, Tensor? group, Tensor? scale, "
+_WEIGHTS_AND_SLOTS = (
+    "Tensor R, Tensor? W, Tensor? b, Tensor? c, Tensor? positions, Tensor? group, Tensor? scale, "
     "Tensor? seed, bool subtract, str activation, float dropout"
 )
+
+_OPERANDS = f"Tensor h, {_WEIGHTS_AND_SLOTS}"
 
 library = torch.library.Library("reft_kernels", "DEF")
 library.define(f"edit_forward({_OPERANDS}, str backend) -> (Tensor y, Tensor delta, Tensor s)")
 library.define(
     f"edit_backward(Tensor grad, {_OPERANDS}, Tensor delta, Tensor s, bool[] needs, str backend) "
     "-> (Tensor dh, Tensor dR, Tensor dW, Tensor db, Tensor dc)"
+)
+library.define(
+    f"edit_forward_(Tensor(a!) h, {_WEIGHTS_AND_SLOTS}, bool save_rows, str backend) "
+    "-> (Tensor delta, Tensor s, Tensor rows)"
+)
+library.define(
+    f"edit_backward_(Tensor(a!) grad, {_OPERANDS}, Tensor delta, Tensor s, bool[] needs, bool rebuild, str backend) "
+    "-> (Tensor dR, Tensor dW, Tensor db, Tensor dc)"
 )
 
 NO_SECOND_DERIVATIVE = (
@@ -82,6 +94,73 @@ def _edit_backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _edit_forward_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *operands, save_rows, backend = arguments
+    _, delta, s, rows = run_forward(EditProblem(*operands), backend, inplace=True, save_rows=save_rows)
+    return delta, s, rows
+
+
+def _edit_backward_in_place(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *operands, delta, s, needs, rebuild, backend = arguments
+    problem = EditProblem(*operands)
+    _, *found = run_backward(grad, problem, delta, s, Needs(*needs), backend, inplace=True, rebuild=rebuild)
+    return tuple(grad.new_empty(0) if t is None else t for t in found)
+
+
+def _edit_forward_in_place_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *operands, save_rows, backend = arguments
+    h = operands[0]
+    _, delta, s = _edit_forward_fake(*operands, backend)
+    return delta, s, h.new_empty((delta.shape[0], h.shape[2]) if save_rows else (0,))
+
+
+def _edit_backward_in_place_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *arguments_before, _rebuild, backend = arguments
+    return _edit_backward_fake(grad, *arguments_before, backend)[1:]
+
+
+def edit_in_place(h: Tensor, problem: EditProblem, rebuild: bool, backend: str) -> Tensor:
+    """Writes h, of which ``problem.h`` is a view or h itself, and returns it; differentiable. For compiled graphs."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in problem[:5]):
+        y: Tensor = InPlaceEdit.apply(h, *problem[1:], rebuild, backend)
+        return y
+    torch.ops.reft_kernels.edit_forward_(*problem, False, backend)
+    return h
+
+
+class InPlaceEdit(torch.autograd.Function):
+    """The edit of h in place in a compiled graph. Its backward overwrites the gradient that it gets: within a graph
+    that is a value like any other, which the compiler copies first where something else still reads it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, *arguments: Any) -> Tensor:
+        """``arguments``: the other operands of an EditProblem, then ``rebuild`` and the backend's name."""
+        *others, rebuild, backend = arguments
+        p = EditProblem(h, *others)
+        p = p._replace(h=as_rows(h, p.positions is not None))
+        delta, s, rows = torch.ops.reft_kernels.edit_forward_(*p, not rebuild, backend)
+        ctx.mark_dirty(h)
+        ctx.save_for_backward(h if rebuild else rows, *p[1:9], delta, s)
+        ctx.settings, ctx.rebuild, ctx.backend = p[9:], rebuild, backend
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of h, R, W, b and c."""
+        x, *others, delta, s = ctx.saved_tensors
+        by_row = others[4] is not None  # positions
+        if ctx.rebuild:
+            x = as_rows(x, by_row)
+        needs = list(ctx.needs_input_grad[:5])
+        grad = grad.contiguous()
+        found = torch.ops.reft_kernels.edit_backward_(
+            as_rows(grad, by_row), x, *others, *ctx.settings, delta, s, needs, ctx.rebuild, ctx.backend
+        )
+        asked = (t if need else None for t, need in zip((grad, *found), needs, strict=True))
+        return *asked, *(None,) * (_N_OPERANDS - 5 + 2)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *operands, ctx.backend = inputs
     p = EditProblem(*operands)
@@ -105,6 +184,10 @@ def _double_backward(ctx: Any, *grads: Tensor) -> None:
 
 library.impl("edit_forward", _edit_forward, "CompositeExplicitAutograd")
 library.impl("edit_backward", _edit_backward, "CompositeExplicitAutograd")
+library.impl("edit_forward_", _edit_forward_in_place, "CompositeExplicitAutograd")
+library.impl("edit_backward_", _edit_backward_in_place, "CompositeExplicitAutograd")
+torch.library.register_fake("reft_kernels::edit_forward_", _edit_forward_in_place_fake, lib=library)
+torch.library.register_fake("reft_kernels::edit_backward_", _edit_backward_in_place_fake, lib=library)
 torch.library.register_fake("reft_kernels::edit_forward", _edit_forward_fake, lib=library)
 torch.library.register_fake("reft_kernels::edit_backward", _edit_backward_fake, lib=library)
 torch.library.register_autograd("reft_kernels::edit_forward", _backward, setup_context=_setup_context, lib=library)
@@ -115,4 +198,4 @@ torch.library.register_autograd(
     lib=library,
 )
 
-__all__ = ["NO_SECOND_DERIVATIVE", "library", "run_backward", "run_forward"]
+__all__ = ["NO_SECOND_DERIVATIVE", "edit_in_place", "library", "run_backward", "run_forward"]
