@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,9 +45,13 @@ def main(argv: list[str] | None = None, registry: list[Peer] | None = None) -> i
         _list(device, registry, found)
         return 0
     pieces = options.only or list(PIECES)
+    if options.cpu_time and (device.type != "cpu" or options.threads != 1):
+        print("error: --cpu-time needs --device cpu and --threads 1", file=sys.stderr)
+        return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     effort = Effort(seconds=0.02, least=3, most=10) if options.quick else Effort()
+    effort = replace(effort, cpu_time=options.cpu_time)
     plan = suite.Plan(
         device=device, folder=options.out, workloads=found, peers=registry, effort=effort,
         timings="timings" in pieces, pattern=pattern, budget=options.budget, every_peer=options.every_peer,
@@ -115,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=0.0, metavar="SECONDS", help="start no workload after this")
     parser.add_argument("--every-peer", action="store_true", help="all peers on all workloads, not the core ones only")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own)")
+    parser.add_argument("--cpu-time", action="store_true", help="count the thread's own time: for a busy machine")
     parser.add_argument("--list", action="store_true", help="list workloads and peers, and run nothing")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def test_programs_take_turns_and_go_through_all_calls():
     def call(name: str) -> programs.Call:
         return lambda: seen.append(name) or torch.ones(400, 400) @ torch.ones(400, 400)
 
-    effort = timing.Effort(seconds=0.0, least=4, most=4)
+    effort = timing.Effort(seconds=60.0, least=4, most=4)
     found = timing.time_cpu({"a": [call("a1"), call("a2")], "b": [call("b")]}, effort)
     assert set(found) == {"a", "b"}
     assert {"a1", "a2", "b"} <= set(seen)
@@ -274,6 +275,24 @@ def test_what_no_graph_holds_is_timed_by_events(monkeypatch: Any, reason: str):
     assert found.p50 == pytest.approx(34)
     assert found.note == "no graph: " + (reason or "operation not permitted when stream is capturing")
     assert gpu.recording is None
+
+
+def test_cpu_time_counts_no_waiting():
+    effort = timing.Effort(seconds=0.0, least=2, most=2, cpu_time=True)
+    found = timing.time_cpu({"sleeps": [lambda: time.sleep(0.02)]}, effort)["sleeps"]
+    assert found.method == "thread_time"
+    assert found.p80 < 2000
+    assert timing.time_cpu({"": [lambda: time.sleep(0.002)]}, replace(effort, cpu_time=False))[""].p20 >= 2000
+
+
+def test_slow_programs_are_sampled_less():
+    effort = timing.Effort(seconds=0.1, least=7, most=60)
+    assert not timing._enough(6, 0.4, effort)
+    assert timing._enough(3, 0.5, effort)
+    assert not timing._enough(2, 50.0, effort)
+    assert not timing._enough(7, 0.05, effort)
+    assert timing._enough(7, 0.1, effort)
+    assert timing._enough(60, 0.01, effort)
 
 
 # The store.
@@ -430,6 +449,7 @@ def test_the_filter_and_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFi
     assert quick(tmp_path, "--only", "checks", "--filter", "nothing of the kind") == 1
     assert "nothing was run" in capsys.readouterr().out
     assert quick(tmp_path, "--filter", "(") == 2
+    assert quick(tmp_path, "--cpu-time") == 2
     assert not list(tmp_path.iterdir())
 
 

@@ -296,6 +296,9 @@ class Rewritten(Peer):
     no_graph = "torch's parametrisation of R calls a solver library"
     core_only = True
 
+    def absent(self, device: torch.device) -> str | None:
+        return "stands in for pyreft, which is there" if Pyreft().absent(device) is None else None
+
     def refuses(self, workload: Workload, operands: Operands) -> str | None:
         if workload.G > 1:
             return "one weight set only"
