@@ -192,7 +192,8 @@ def _recording(launches: list[tuple[str, Any, dict[str, Any]]], arch: str = "sm_
         "_barrier_word": lambda device: torch.empty(1, dtype=torch.int32, device=device),
         "interpreted": lambda: False,
         "_on_amd": lambda: arch.startswith("gfx"),
-        "_resident_programs": lambda device: PROGRAMS,
+        "resident_programs": lambda device: PROGRAMS,
+        "warpgroups": lambda device: arch in ("sm_90", "sm_100"),
         "_l2_bytes": lambda device: L2_BYTES,
     }
     originals = {name: getattr(launcher, name) for name in replaced}

@@ -85,7 +85,7 @@ def forced(path: Launch) -> Iterator[None]:
 
     replaced = {
         "_measured": measured,
-        "_resident_programs": lambda device: path.programs,
+        "resident_programs": lambda device: path.programs,
         "_chunk": lambda rows, *others: rows if path.chunk is None else path.chunk,
     }
     with ExitStack() as stack:
@@ -321,11 +321,11 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def matrix(seed: int) -> list[tuple[EditCase, Launch, dict[str, Any]]]:
-    """Cases in which every two values of FACTORS meet, but for what does not exist."""
+def matrix(seed: int, factors: Mapping[str, tuple[Any, ...]]) -> list[tuple[EditCase, Launch, dict[str, Any]]]:
+    """Cases in which every two values of the factors meet, but for what does not exist."""
     paths = {f.name for f in fields(Launch)}
     cases = []
-    for row in pairwise(FACTORS, seed):
+    for row in pairwise(factors, seed):
         path = Launch(**{name: row.pop(name) for name in list(row) if name in paths})
         how = {name: row.pop(name) for name in ("grad_layout", "mode", "into", "inplace")}
         if how["mode"] == "rebuild" and row["dropout"] > 0:
@@ -339,7 +339,7 @@ def matrix(seed: int) -> list[tuple[EditCase, Launch, dict[str, Any]]]:
     return cases
 
 
-MATRIX = matrix(4)
+MATRIX = matrix(4, FACTORS)
 
 
 @pytest.mark.parametrize("index", range(len(MATRIX)))

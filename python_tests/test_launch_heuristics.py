@@ -36,12 +36,14 @@ def problem(d: int, r: int, groups: int, dtype: torch.dtype, activation: str, dr
 
 @pytest.mark.parametrize("d", [1, 3, 60, 576, 4096, 4097, 8192, 16384, 16385])
 @pytest.mark.parametrize("r", [1, 3, 8, 9, 16, 33, MAX_RANK])
-def test_they_fit(d: int, r: int) -> None:
+@pytest.mark.parametrize("warpgroups", [False, True])
+def test_they_fit(d: int, r: int, warpgroups: bool) -> None:
     rest = itertools.product((0, 2, 64), (torch.float32, torch.bfloat16), ("linear", "gelu"), (0.0, 0.1))
     for groups, dtype, activation, dropout in rest:
         p = problem(d, r, groups, dtype, activation, dropout)
         for slots in SLOTS:
-            forward, backward = forward_config(p, slots), backward_config(p, slots, H100)
+            forward = forward_config(p, slots, warpgroups)
+            backward = backward_config(p, slots, H100, warpgroups)
             for op, config in (("edit_forward", forward), ("edit_backward", backward)):
                 assert make_config(op, config._asdict()) == config
                 assert misfit(config, d) is None
@@ -58,7 +60,7 @@ def test_they_fit(d: int, r: int) -> None:
 
 def test_each_method_has_its_sizes() -> None:
     def method(slots: int, r: int = 4, d: int = 4096, groups: int = 0) -> str:
-        return forward_config(problem(d, r, groups, torch.bfloat16, "linear", 0.0), slots).METHOD
+        return forward_config(problem(d, r, groups, torch.bfloat16, "linear", 0.0), slots, True).METHOD
 
     assert method(448) == "rows"
     assert method(65536) == "weights"
@@ -71,13 +73,13 @@ def test_each_method_has_its_sizes() -> None:
 
 def test_many_adapters_have_a_program_a_slot() -> None:
     p = problem(4096, 8, 64, torch.bfloat16, "linear", 0.0)
-    assert forward_config(p, 32) == ForwardConfig("rows", BLOCK_N=1, BLOCK_D=4096, STAGES=2, num_warps=4)
+    assert forward_config(p, 32, True) == ForwardConfig("rows", BLOCK_N=1, BLOCK_D=4096, STAGES=2, num_warps=4)
 
 
 def test_one_slab_a_program_where_that_is_possible() -> None:
     for d in (576, 2048, 4096, 8192):
         p = problem(d, 8, 0, torch.bfloat16, "linear", 0.0)
-        assert -(-d // backward_config(p, 65536, H100).SLAB_D) <= H100
+        assert -(-d // backward_config(p, 65536, H100, True).SLAB_D) <= H100
 
 
 def test_power_of_two() -> None:

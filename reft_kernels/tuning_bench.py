@@ -36,8 +36,8 @@ def heuristic(key: Key, device: torch.device) -> Config:
     """What the launcher takes for ``key`` without a table."""
     problem = _problem(key, lambda *shape: torch.empty(shape, device="meta"))
     if key.op == "edit_forward":
-        return forward_config(problem, key.N)
-    return backward_config(problem, key.N, launcher._resident_programs(device))
+        return forward_config(problem, key.N, launcher.warpgroups(device))
+    return backward_config(problem, key.N, launcher.resident_programs(device), launcher.warpgroups(device))
 
 
 class DeviceBench:

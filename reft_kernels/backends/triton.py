@@ -111,10 +111,10 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
     if rows == 0:
         return y, delta, s, before
     kernels = _kernels()
-    config = _measured("edit_forward", p, rows) or forward_config(p, rows)
+    config = _measured("edit_forward", p, rows) or forward_config(p, rows, warpgroups(h.device))
     programs = -(-rows // config.BLOCK_N)
     if config.METHOD == "weights":
-        programs = min(programs, _resident_programs(h.device))
+        programs = min(programs, resident_programs(h.device))
     with _on_device(h):
         kernels.forward[(programs,)](
             h, y, delta, s, before, *_weights(p), p.positions, p.group, p.scale, p.seed,
@@ -175,8 +175,8 @@ def edit_backward(
     gs = gd if linear else torch.empty_like(gd)
     R, W, _, _ = _weights(p)
     kernels = _kernels()
-    resident = _resident_programs(grad.device)
-    config = _measured("edit_backward", p, rows) or backward_config(p, rows, resident)
+    resident = resident_programs(grad.device)
+    config = _measured("edit_backward", p, rows) or backward_config(p, rows, resident, warpgroups(grad.device))
     assert isinstance(config, BackwardConfig)
     items = -(-d // config.SLAB_D) * p.R.shape[0]
     programs = min(max(-(-rows // config.ROWS_N), items), resident)
@@ -270,11 +270,17 @@ def _on_device(tensor: Tensor) -> Any:
 
 
 @functools.cache
-def _resident_programs(device: torch.device) -> int:
+def resident_programs(device: torch.device) -> int:
     """How many programs surely run at once, as the grid barrier needs: one a multiprocessor."""
     if device.type != "cuda":
         return 3  # the interpreter: few, but more than one, so that the work is strided as on a GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def warpgroups(device: torch.device) -> bool:
+    """Whether tensor cores take tiles of 64 rows from a group of four warps."""
+    return device.type == "cuda" and not _on_amd() and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @functools.cache

@@ -21,11 +21,13 @@ HELD_WEIGHTS = 16384
 MANY_SLOTS = 2048
 
 
-def forward_config(p: EditProblem, slots: int) -> ForwardConfig:
-    """The forward's configuration for ``slots`` = N slots."""
+def forward_config(p: EditProblem, slots: int, warpgroups: bool) -> ForwardConfig:
+    """The forward's configuration for ``slots`` = N slots.
+
+    ``warpgroups``: the device multiplies tiles of 64 rows by a group of four warps (compute capability 9 and 10).
+    """
     groups, r, d = p.R.shape
     wide = max(4, power_of_two(d))
-    light = p.h.dtype == torch.bfloat16 and p.dropout == 0
     if slots >= MANY_SLOTS and p.group is None and power_of_two(r) * wide <= HELD_WEIGHTS:
         return ForwardConfig("weights", BLOCK_N=1, BLOCK_D=wide, STAGES=4 if wide <= 4096 else 2, num_warps=8)
     few = slots < MANY_SLOTS and r <= MAX_ROWS_RANK
@@ -34,28 +36,34 @@ def forward_config(p: EditProblem, slots: int) -> ForwardConfig:
         block = 1 if groups > 2 else min(4, HELD_ROWS // wide, power_of_two(-(-slots // 128)))
         warps = 4 if block * wide <= 4096 else 8
         return ForwardConfig("rows", block, wide, STAGES=2 if wide <= 8192 else 1, num_warps=warps)
-    block = 16 if slots <= 2 * MANY_SLOTS else (64 if light and r > 16 else 32)
-    columns = 32 if not light else 64 if _burdens(p) else 128
-    return ForwardConfig("tiles", block, min(columns, max(16, wide)), STAGES=2, num_warps=4 if block <= 16 else 8)
+    light = p.h.dtype == torch.bfloat16 and p.activation == "linear" and p.dropout == 0
+    if slots <= 2 * MANY_SLOTS:
+        block, columns = 16, 64
+    elif light and r > 16 and warpgroups:
+        block, columns = 64, 64
+    else:
+        block, columns = 32, 128 if r <= 16 else 64
+    columns = min(columns if light else 32, max(16, wide))
+    return ForwardConfig("tiles", block, columns, STAGES=2, num_warps=4 if block <= 16 else 8)
 
 
-def backward_config(p: EditProblem, slots: int, resident: int) -> BackwardConfig:
-    """The backward's configuration for ``slots`` = N slots, on a device where ``resident`` programs run at once."""
+def backward_config(p: EditProblem, slots: int, resident: int, warpgroups: bool) -> BackwardConfig:
+    """The backward's configuration for ``slots`` = N slots, on a device where ``resident`` programs run at once.
+
+    ``warpgroups`` as in :func:`forward_config`.
+    """
     groups, r, d = p.R.shape
     wide = max(4, power_of_two(d))
-    burdens = _burdens(p)
-    light = burdens == 0 or (burdens == 1 and r > 16)
-    block = 64 if burdens == 0 else 32 if light else 16
-    stages = 2 if burdens == 0 else 1
+    light = p.h.dtype == torch.bfloat16 and p.activation == "linear" and p.dropout == 0 and r <= 16
     # One slab a program where that is possible: then many slots can go chunk by chunk.
-    slab = 64 if burdens == 0 and -(-d // 32) * groups > resident else 32
+    slab = 64 if -(-d // 32) * groups > resident else 32
+    # With fewer rows than columns the warps share out the columns, and none repeats another's products.
+    block, stages = (64, 2) if light and warpgroups else (16, 3 if r <= 32 else 2)
     if d <= MAX_ROWS_D and r <= MAX_ROWS_RANK and slots < MANY_SLOTS:
         method, rows, columns, fetched = "rows", min(4, HELD_ROWS // wide), wide, 2 if wide <= 8192 else 1
     else:
-        method, rows, columns, fetched = "tiles", 16, min(64 if burdens else 128, max(16, wide)), 2
-    return BackwardConfig(
-        method, rows, columns, block, slab, SLAB_STAGES=stages, STAGES=fetched, num_warps=8
-    )  # fmt: skip
+        method, rows, columns, fetched = "tiles", 16, min(128 if light else 64, max(16, wide)), 2
+    return BackwardConfig(method, rows, columns, block, slab, SLAB_STAGES=stages, STAGES=fetched, num_warps=8)
 
 
 def padded_rank(config: Config, r: int) -> int:
@@ -67,8 +75,3 @@ def padded_rank(config: Config, r: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n, and at least 1."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def _burdens(p: EditProblem) -> int:
-    """How many things make an edit's tiles need more registers: three-term products, f, a large rank, dropout."""
-    return (p.h.dtype != torch.bfloat16) + (p.activation != "linear") + (p.R.shape[1] > 16) + (p.dropout > 0)
