@@ -253,6 +253,7 @@ def check_backward(
         )
     if not inplace:
         assert_bitwise_equal(grad, copy, name="the caller's gradient")
+        assert found[0].untyped_storage().data_ptr() != grad.untyped_storage().data_ptr()
     elif grad.stride(2) == 1:
         assert found[0] is given
 
