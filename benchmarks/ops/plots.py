@@ -56,7 +56,8 @@ def _title(rows: Sequence[Row]) -> str:
     newest = max(rows, key=lambda row: row["date"])
     commits = sorted({row["commit"] for row in rows})
     named = newest["commit"] + (f" and {len(commits) - 1} more" if len(commits) > 1 else "")
-    threads = f", {newest['threads']} threads" if newest["threads"] else ""
+    count = newest["threads"]
+    threads = f", {count} thread{'s' * (count != '1')}" if count else ""
     return f"{newest['device']}{threads}  ·  torch {newest['torch']}  ·  commit {named}  ·  {newest['date'][:10]}"
 
 

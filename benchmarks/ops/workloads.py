@@ -69,8 +69,8 @@ def minimum_bytes(workload: Workload, mode: str) -> int:
                    + 8 N r [+ 4 N r]       u [and Wh + b] read, R g written once for the second pass
         both       the sum
 
-    Out of place, the rows that are not named are copied as well: 2 (B S - N) d s in each direction. b, db and the
-    positions, less than a thousandth of this, are left out.
+    Out of place, the forward copies the rows that are not named as well: 2 (B S - N) d s. The backward need not, as it
+    may overwrite a gradient that nobody else holds. b, db and the positions, less than a thousandth, are left out.
 
     Raises:
         ValueError: no such mode.
@@ -84,10 +84,10 @@ def minimum_bytes(workload: Workload, mode: str) -> int:
     weights = 2 * w.G * w.r * w.d * SIZES[w.params]
     kept = 4 * w.N * w.r
     extra = 0 if w.activation == "linear" else kept
+    if mode == "backward":
+        return 3 * rows + 2 * weights + 2 * kept + extra
     others = 0 if w.inplace else 2 * (w.B * w.S - w.N) * w.d * SIZES[w.h]
-    if mode == "forward":
-        return 2 * rows + weights + kept + extra + others
-    return 3 * rows + 2 * weights + 2 * kept + extra + others
+    return 2 * rows + weights + kept + extra + others
 
 
 def touched_bytes(workload: Workload) -> int:
