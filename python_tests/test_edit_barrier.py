@@ -17,12 +17,13 @@ from test_edit_mutants import BACKWARD, COMMON, survivors
 def check_launches(
     *,
     programs: int,
-    path: dict,
+    path: dict[str, Any],
     cache: int,
+    chunks: int,
     launches: int = 2,
-    timeout: float = 60.0,
-    chunks: int | None = None,
-    **case,
+    timeout: float = 120.0,
+    word: torch.Tensor | None = None,
+    **case: Any,
 ) -> None:
     """Launches one after the other on one barrier word, against two launches a phase.
 
@@ -33,6 +34,7 @@ def check_launches(
         chunks: how many there then have to be.
         launches: how many.
         timeout: seconds that each may take.
+        word: of the barrier; None for a new one.
         case: fields of EditCase.
     """
     from parallel_interpreter import parallel_backward, shared_word
@@ -48,7 +50,7 @@ def check_launches(
         return chunk
 
     o = random_edit(EditCase(**{"method": "noreft_with_c", "activation": "silu", "d": 40, "r": 3, **case}), seed=1)
-    word = shared_word()
+    word = shared_word() if word is None else word
     with (
         forced(Launch(programs=programs, slab_d=16, slab_n=16, **path)),
         mock.patch.multiple(launcher, _chunk=recorded, _l2_bytes=lambda device: cache),
@@ -94,6 +96,14 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_one_launch_gives_the_bits_of_two(name: str) -> None:
     check_launches(**CASES[name])
+
+
+def test_grids_of_any_size_share_a_word() -> None:
+    from parallel_interpreter import shared_word
+
+    word = shared_word()
+    for programs in (2, 1, 5, 3):
+        check_launches(programs=programs, path={}, cache=10**9, chunks=1, shape=(1, 3), d=20, launches=1, word=word)
 
 
 # What the interpreter proper, one phase a launch, would not notice.
