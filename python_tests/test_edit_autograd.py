@@ -452,3 +452,90 @@ def test_results_can_be_copied_and_detached() -> None:
     y = edit(h, R, W, b)
     assert not copy.deepcopy(y.detach()).requires_grad
     assert y.grad_fn is not None
+
+
+# Gradients added into `.grad` by the backend.
+
+
+ACCUMULATED = [
+    EditCase("noreft_with_c", "linear", shape=(2, 3), d=6, r=2),
+    EditCase("noreft_with_c", "gelu", positions="padded", groups=3, scale="rows", shape=(2, 4), d=6, r=2),
+    EditCase("loreft", "linear", "mixed", positions="some", shape=(2, 4), d=6, r=2),
+    EditCase("lobireft", "tanh", dropout=0.3, shape=(2, 4), d=6, r=2),
+]
+
+
+@backends
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("case", ACCUMULATED, ids=str)
+def test_accumulated_gradients_are_the_sum_of_those_of_every_backward(
+    case: EditCase, inplace: bool, backend: str
+) -> None:
+    o = random_edit(case, seed=8)
+    upstream = [torch.randn(o.h.shape).to(o.h.dtype).where(o.named[..., None], 0.0) for _ in range(3)]
+    results = []
+    for accumulate in (False, True):
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in o.differentiable.items()}
+        for step, g in enumerate(upstream):
+            tensors = {**leaves, "h": leaves["h"] * 1}
+            y = o.edit(**tensors, backend=backend, inplace=inplace, accumulate=accumulate)
+            before = {name: t.grad for name, t in leaves.items()}
+            y.backward(g)
+            if step and accumulate:
+                assert all(t.grad is before[name] for name, t in leaves.items() if name != "h")
+        results.append({name: t.grad for name, t in leaves.items()})
+    for name, expected in results[0].items():
+        close = {"rtol": 2e-2, "atol": 2e-2} if expected.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(results[1][name], expected, equal_nan=True, msg=name, **close)
+
+
+def test_leaves_with_hooks_of_their_own_get_their_gradient_as_usual() -> None:
+    h, R, W, b = operands(2, 4, 8)
+    edit(h, R, W, b, backend="eager").square().sum().backward()
+    expected = {name: 2 * t.grad for name, t in (("R", R), ("W", W), ("b", b))}
+    hooked = []
+    R.register_post_accumulate_grad_hook(lambda t: hooked.append(t))
+    W.register_hook(lambda grad: hooked.append(grad))
+    edit(h, R, W, b, accumulate=True, backend="eager").square().sum().backward()
+    assert len(hooked) == 2
+    for name, t in (("R", R), ("W", W), ("b", b)):
+        torch.testing.assert_close(t.grad, expected[name])
+
+
+def test_accumulated_gradients_reach_no_accumulation_node() -> None:
+    """What autograd is given for them is None: its node, where DistributedDataParallel hooks in, is not called."""
+    h, R, W, b = operands(2, 4, 8)
+    called = {"R": 0, "W": 0, "b": 0}
+    nodes = []
+    for name, t in (("R", R), ("W", W), ("b", b)):
+        node = t.expand_as(t).grad_fn.next_functions[0][0]
+        node.register_prehook(lambda grads, name=name: called.__setitem__(name, called[name] + (grads[0] is not None)))
+        nodes.append(node)
+    for step in range(3):
+        edit(h * 1, R, W, b, accumulate=True, inplace=True, backend="eager").square().sum().backward()
+        assert called == {"R": 1, "W": 1, "b": 1}, step  # the first has no `.grad` to add to
+
+
+def test_what_cannot_be_accumulated_is_handed_over() -> None:
+    """No leaf, no gradient yet, another layout: as without ``accumulate``."""
+    h, R, W, b = operands(2, 4, 8)
+    expected = torch.autograd.grad(edit(h, R, W, b, backend="eager").square().sum(), (h, R, W, b))
+    R.grad = torch.ones(8, 3).T
+    y = edit(h, R, W * 1, b, accumulate=True, backend="eager")
+    y.square().sum().backward()
+    torch.testing.assert_close(R.grad - 1, expected[1], rtol=1e-4, atol=1e-4)
+    for t, want in ((h, expected[0]), (W, expected[2]), (b, expected[3])):
+        torch.testing.assert_close(t.grad, want)
+    # Frozen ones are not touched.
+    W.requires_grad_(False)
+    before = W.grad.clone()
+    edit(h, R, W, b, accumulate=True, backend="eager").square().sum().backward()
+    assert_bitwise_equal(W.grad, before)
+
+
+def test_accumulated_gradients_count_as_written() -> None:
+    h, R, W, b = operands(2, 4, 8)
+    edit(h, R, W, b, accumulate=True, backend="eager").sum().backward()
+    version = R.grad._version
+    edit(h, R, W, b, accumulate=True, backend="eager").sum().backward()
+    assert R.grad._version > version

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from reft_kernels.ops import NO_SECOND_DERIVATIVE, run_backward, run_forward
 from reft_kernels.ownership import owned
-from reft_kernels.problem import EditProblem, Needs, as_rows
+from reft_kernels.problem import EditProblem, Needs, as_rows, grouped
 
 
 class Options(NamedTuple):
@@ -38,8 +39,8 @@ def apply_edit(
 class EditFunction(torch.autograd.Function):
     """y = D_p( h + scale * R^T ( f(W h + b) - gamma (R h + c) ) ); see :mod:`reft_kernels.reference`.
 
-    Autograd sees the caller's own h, R, W, b and c; ``problem`` holds views of them in the backends' layout, so
-    that no view stands in the graph. Saves h itself, or, where the edit is in place, its named rows before the edit
+    Autograd sees the caller's own h, R, W, b and c; ``problem`` holds h as rows [B, S, d] and the others as given. No
+    view stands in the graph. Saves h itself, or, where the edit is in place, its named rows before the edit
     or y. A gradient that nothing else refers to is overwritten by that of h, any other is copied.
     """
 
@@ -55,8 +56,9 @@ class EditFunction(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         """Returns y in the shape of h; h itself where ``options.inplace``."""
-        inplace, rebuild = options.inplace, options.rebuild
-        y, delta, s, rows = run_forward(problem, options.backend, inplace, save_rows=inplace and not rebuild)
+        backend, inplace, rebuild, _ = options
+        problem = grouped(problem)
+        y, delta, s, rows = run_forward(problem, backend, inplace, inplace and not rebuild)
         if inplace:
             ctx.mark_dirty(h)
             x = h.detach() if rebuild else rows  # detached: no cycle, and the version counter is still that of h
@@ -65,6 +67,7 @@ class EditFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x, R, W, b, c, problem.positions, problem.group, problem.scale, problem.seed, delta, s
         )  # fmt: skip
+        ctx.weights = problem[1:5]  # views of what is saved, which watches their versions
         ctx.settings = problem[9:]
         ctx.options = options
         return h if inplace else y.view(h.shape)
@@ -79,27 +82,27 @@ class EditFunction(torch.autograd.Function):
             # No tensor that is left leads to h before the edit, so a second derivative could not be told of it.
             raise NotImplementedError(f"{NO_SECOND_DERIVATIVE}; with inplace=True create_graph must be False")
         saved = _saved_tensors(ctx)
-        x, R, W, b, c, positions, group, scale, seed, delta, s = saved
-        into = _places(ctx.needs_input_grad, R, W, b, c, group is not None) if options.accumulate else None
+        x = saved[0]
+        positions, group, scale, seed, delta, s = saved[5:]
+        into = _places(ctx.needs_input_grad[1:5], saved[1:5], group is not None) if options.accumulate else None
         if options.rebuild or not options.inplace:
             x = as_rows(x, positions is not None)
-        if group is None:
-            R, W, b, c = (t if t is None else t.unsqueeze(0) for t in (R, W, b, c))
+        R, W, b, c = ctx.weights
         problem = EditProblem(x, R, W, b, c, positions, group, scale, seed, *ctx.settings)
         needs = Needs(*ctx.needs_input_grad[:5])
-        rows = as_rows(grad, positions is not None)
-        with torch.no_grad():
+        with torch.no_grad() if create_graph else nullcontext():
             dh, *rest = run_backward(
-                rows, problem, delta, s, needs, options.backend, inplace=reuse, rebuild=options.rebuild, into=into
-            )
+                as_rows(grad, positions is not None), problem, delta, s, needs, options.backend,
+                inplace=reuse, rebuild=options.rebuild, into=into,
+            )  # fmt: skip
+            if into is not None:
+                rest = [None if place is not None else t for t, place in zip(rest, into, strict=True)]
+            if group is None:
+                rest = [t if t is None else t.squeeze_(0) for t in rest]  # the backend's own results: no more views
         if reuse:
             dh = grad
         elif dh is not None and dh.shape != grad.shape:
             dh = dh.view(grad.shape)
-        if into is not None:
-            rest = [None if place is not None else t for t, place in zip(rest, into, strict=True)]
-        if group is None:
-            rest = [t if t is None else t.squeeze(0) for t in rest]
         gradients = (dh, *rest)
         if create_graph:
             gradients = first_derivative_only(gradients, (grad, *saved))
@@ -154,13 +157,13 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _places(
-    needed: tuple[bool, ...], R: Tensor, W: Tensor | None, b: Tensor | None, c: Tensor | None, grouped: bool
+    needed: Sequence[bool], weights: Sequence[Tensor | None], by_group: bool
 ) -> tuple[Tensor | None, ...] | None:
     """The `.grad` of those of R, W, b and c that are leaves and have one to add to, in the layout [G, ...]."""
-    places = tuple(_place(t) if need else None for t, need in zip((R, W, b, c), needed[1:5], strict=True))
+    places = tuple(_place(t) if need else None for t, need in zip(weights, needed, strict=True))
     if all(place is None for place in places):
         return None
-    return places if grouped else tuple(t if t is None else t.unsqueeze(0) for t in places)
+    return places if by_group else tuple(t if t is None else t.unsqueeze(0) for t in places)
 
 
 def _place(leaf: Tensor | None) -> Tensor | None:

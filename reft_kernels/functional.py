@@ -19,7 +19,7 @@ from torch import Tensor
 from reft_kernels.autograd import Options, apply_edit, saves_through_hooks
 from reft_kernels.backends.registry import BACKENDS, NAMES, availability, refusal
 from reft_kernels.ops import edit_in_place, run_forward
-from reft_kernels.problem import EditProblem, as_rows
+from reft_kernels.problem import EditProblem, as_rows, grouped
 from reft_kernels.reference import ACTIVATIONS
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -101,7 +101,7 @@ def edit(
 
     Source: Wu et al., 2024 (arXiv 2404.03592), equations 2 and 3 and appendix E; pyreft/interventions.py.
     """
-    problem = _normalise(h, R, W, b, c, positions, group, scale, subtract, activation, dropout, seed)
+    problem = _checked(h, R, W, b, c, positions, group, scale, subtract, activation, dropout, seed)
     if backend not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {backend!r}")
     if rebuild and (dropout > 0 or not inplace):
@@ -110,6 +110,7 @@ def edit(
     if torch.compiler.is_compiling():
         if accumulate:
             raise ValueError("accumulate: expected False under torch.compile, which has no `.grad` to add to; got True")
+        problem = grouped(problem)
         if not inplace:
             y: Tensor = torch.ops.reft_kernels.edit_forward(*problem, backend)[0]
             return y.view(h.shape)
@@ -121,10 +122,16 @@ def edit(
         _check_contents(problem)
     if inplace:
         _check_writable(h)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (h, R, W, b, c)):
-        options = Options(backend, inplace, rebuild=_rebuilds(rebuild, inplace, h, problem), accumulate=accumulate)
+    if torch.is_grad_enabled() and (
+        h.requires_grad
+        or R.requires_grad
+        or (W is not None and W.requires_grad)
+        or (b is not None and b.requires_grad)
+        or (c is not None and c.requires_grad)
+    ):
+        options = Options(backend, inplace, _rebuilds(rebuild, inplace, h, problem), accumulate)
         return apply_edit(h, R, W, b, c, problem, options)
-    y = run_forward(problem, backend, inplace, save_rows=False)[0]
+    y = run_forward(grouped(problem), backend, inplace, False)[0]
     return h if inplace else y.view(h.shape)
 
 
@@ -225,47 +232,84 @@ def _normalise(
     seed: Tensor | int | None,
 ) -> EditProblem:
     """Checks every operand and brings it into the layout of an EditProblem."""
+    return grouped(_checked(h, R, W, b, c, positions, group, scale, subtract, activation, dropout, seed))
+
+
+def _checked(
+    h: Tensor,
+    R: Tensor,
+    W: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    positions: Tensor | None,
+    group: Tensor | None,
+    scale: Tensor | float | None,
+    subtract: bool,
+    activation: str,
+    dropout: float,
+    seed: Tensor | int | None,
+) -> EditProblem:
+    """Checks every operand; R, W, b and c as they are given."""
     _check_tensor("h", h, _FLOATS)
     _check_tensor("R", R, _FLOATS)
-    if h.dim() == 0 or h.shape[-1] == 0:
+    shape, weights = h.shape, R.shape  # each look at a tensor's shape makes one
+    dims = len(shape)
+    if dims == 0 or shape[-1] == 0:
         raise ValueError(f"h: expected [..., d] with d >= 1, got {_shape(h)}")
-    d = h.shape[-1]
-    dims = 2 if group is None else 3
-    layout = "[r, d]" if group is None else "[G, r, d] (a group is given)"
-    if R.dim() != dims or R.shape[-1] != d or R.shape[-2] == 0 or R.shape[0] == 0:
-        raise ValueError(f"R: expected {layout} with d={d} and r >= 1, got {_shape(R)}")
-    for name, tensor, shape in (("W", W, R.shape), ("b", b, R.shape[:-1]), ("c", c, R.shape[:-1])):
-        if tensor is not None:
-            _check_tensor(name, tensor, _FLOATS)
-            if tensor.shape != shape:
-                raise ValueError(f"{name}: expected {list(shape)} to fit R {_shape(R)}, got {_shape(tensor)}")
-    if c is not None and not subtract:
-        raise ValueError("c: has no effect without subtract=True; expected None")
+    if len(weights) != (2 if group is None else 3) or weights[-1] != shape[-1] or 0 in weights[:-1]:
+        layout = "[r, d]" if group is None else "[G, r, d] (a group is given)"
+        raise ValueError(f"R: expected {layout} with d={shape[-1]} and r >= 1, got {_shape(R)}")
+    if W is not None:
+        _check_weight("W", W, weights, R)
+    if b is not None:
+        _check_weight("b", b, weights[:-1], R)
+    if c is not None:
+        _check_weight("c", c, weights[:-1], R)
+        if not subtract:
+            raise ValueError("c: has no effect without subtract=True; expected None")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
-
-    if positions is None:
-        slots = h.shape[:-1]
-        layout = f"{list(slots)}, the shape of h without its last dimension"
-    else:
+    slots = shape[:-1]
+    if positions is not None:
         _check_tensor("positions", positions, _INTEGERS)
-        if h.dim() != 3:
+        if dims != 3:
             raise ValueError(f"h: expected [B, S, d] where positions are given, got {_shape(h)}")
-        if positions.dim() != 2 or positions.shape[0] != h.shape[0]:
-            raise ValueError(f"positions: expected [B, P] with B={h.shape[0]}, got {_shape(positions)}")
         slots = positions.shape
-        layout = f"{list(slots)}, the shape of positions"
+        if len(slots) != 2 or slots[0] != shape[0]:
+            raise ValueError(f"positions: expected [B, P] with B={shape[0]}, got {_shape(positions)}")
     rows = as_rows(h, positions is not None)
+    if group is not None or scale is not None:
+        group, scale = _slot_operands(group, scale, slots, rows, positions)
+    seed = _seed_tensor(seed, h) if dropout > 0 else None
+    device = h.device
+    for name, tensor in (("R", R), ("W", W), ("b", b), ("c", c), ("positions", positions), ("group", group),
+                         ("scale", scale), ("seed", seed)):  # fmt: skip
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected on the device of h, {device}, got {tensor.device}")
+    return EditProblem(rows, R, W, b, c, positions, group, scale, seed, bool(subtract), activation, float(dropout))
+
+
+def _check_weight(name: str, tensor: Tensor, shape: torch.Size, R: Tensor) -> None:
+    _check_tensor(name, tensor, _FLOATS)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected {list(shape)} to fit R {_shape(R)}, got {_shape(tensor)}")
+
+
+def _slot_operands(
+    group: Tensor | None, scale: Tensor | float | None, slots: torch.Size, rows: Tensor, positions: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """group and scale as [B, P]."""
+    of = "the shape of h without its last dimension" if positions is None else "the shape of positions"
     per_slot = (rows.shape[0], rows.shape[1] if positions is None else positions.shape[1])
     if group is not None:
         _check_tensor("group", group, _INTEGERS)
         if group.shape != slots:
-            raise ValueError(f"group: expected {layout}, got {_shape(group)}")
+            raise ValueError(f"group: expected {list(slots)}, {of}, got {_shape(group)}")
         group = group.reshape(per_slot)
     if isinstance(scale, (int, float)):
-        scale = torch.full((1, 1), float(scale), dtype=torch.float32, device=h.device).expand(per_slot)
+        scale = torch.full((1, 1), float(scale), dtype=torch.float32, device=rows.device).expand(per_slot)
     elif scale is not None:
         _check_tensor("scale", scale, _FLOATS)
         if scale.requires_grad:
@@ -273,17 +317,9 @@ def _normalise(
         if scale.dim() == 0:
             scale = scale.expand(slots)
         if scale.shape != slots:
-            raise ValueError(f"scale: expected {layout}, got {_shape(scale)}")
+            raise ValueError(f"scale: expected {list(slots)}, {of}, got {_shape(scale)}")
         scale = scale.reshape(per_slot)
-    seed = _seed_tensor(seed, h) if dropout > 0 else None
-    for name, tensor in (("R", R), ("W", W), ("b", b), ("c", c), ("positions", positions), ("group", group),
-                         ("scale", scale), ("seed", seed)):  # fmt: skip
-        if tensor is not None and tensor.device != h.device:
-            raise ValueError(f"{name}: expected on the device of h, {h.device}, got {tensor.device}")
-    if group is None:
-        R = R.unsqueeze(0)
-        W, b, c = (t if t is None else t.unsqueeze(0) for t in (W, b, c))
-    return EditProblem(rows, R, W, b, c, positions, group, scale, seed, bool(subtract), activation, float(dropout))
+    return group, scale
 
 
 def _seed_tensor(seed: Tensor | int | None, h: Tensor) -> Tensor:
@@ -326,6 +362,8 @@ def _check_writable(h: Tensor) -> None:
 
 def _check_layout(h: Tensor) -> None:
     """In place, h must lie in memory such that a view of it has the rows [B, S, d]."""
+    if h.is_contiguous():
+        return
     shape, stride = h.shape, h.stride()
     joined = True
     if h.dim() > 3:  # the leading dimensions are taken as one

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels.backends.registry import choose
-from reft_kernels.problem import EditProblem, Needs, as_rows, without_autocast
+from reft_kernels.problem import EditProblem, Needs, as_rows, autocast_is_on, without_autocast
 
 _WEIGHTS_AND_SLOTS = (
     "Tensor R, Tensor? W, Tensor? b, Tensor? c, Tensor? positions, Tensor? group, Tensor? scale, "
@@ -48,17 +48,31 @@ _N_OPERANDS = len(EditProblem._fields)
 
 def run_forward(problem: EditProblem, backend: str, inplace: bool, save_rows: bool) -> tuple[Tensor, ...]:
     """y, delta, s and the saved rows, by the backend asked for, whatever autocast says."""
+    chosen = choose(backend, problem)
+    if not autocast_is_on(problem.h.device):
+        return chosen.edit_forward(problem, inplace, save_rows)
     with without_autocast(problem.h.device):
-        return choose(backend, problem).edit_forward(problem, inplace, save_rows)
+        return chosen.edit_forward(problem, inplace, save_rows)
 
 
 def run_backward(
-    grad: Tensor, problem: EditProblem, delta: Tensor, s: Tensor, needs: Needs, backend: str, **how: Any
+    grad: Tensor,
+    problem: EditProblem,
+    delta: Tensor,
+    s: Tensor,
+    needs: Needs,
+    backend: str,
+    *,
+    inplace: bool = False,
+    rebuild: bool = False,
+    into: tuple[Tensor | None, ...] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """dh, dR, dW, db, dc, by the backend asked for; None where not needed. ``how``: inplace, rebuild and into."""
-    how = {name: value for name, value in how.items() if value}
+    """dh, dR, dW, db, dc, by the backend asked for; None where not needed."""
+    run = choose(backend, problem).edit_backward
+    if not autocast_is_on(grad.device):
+        return run(grad, problem, delta, s, needs, inplace=inplace, rebuild=rebuild, into=into)
     with without_autocast(grad.device):
-        return choose(backend, problem).edit_backward(grad, problem, delta, s, needs, **how)
+        return run(grad, problem, delta, s, needs, inplace=inplace, rebuild=rebuild, into=into)
 
 
 def _edit_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -58,11 +59,40 @@ def as_rows(h: Tensor, has_positions: bool) -> Tensor:
     return h.unsqueeze(0) if h.dim() == 2 else h.reshape(1, -1, h.shape[-1])
 
 
+def grouped(p: EditProblem) -> EditProblem:
+    """The problem with R, W, b and c in the layout [G, ...]; without a group they are [r, d] and [r] before."""
+    if p.group is not None:
+        return p
+    return EditProblem(
+        p.h,
+        p.R.unsqueeze(0),
+        None if p.W is None else p.W.unsqueeze(0),
+        None if p.b is None else p.b.unsqueeze(0),
+        None if p.c is None else p.c.unsqueeze(0),
+        p.positions,
+        None,
+        p.scale,
+        p.seed,
+        p.subtract,
+        p.activation,
+        p.dropout,
+    )
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is enabled for ``device``; False for one that has none."""
+    kind = device.type
+    return _has_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
+@functools.cache
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off for ``device``: the precision of an edit is its own."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 def wide_default_dtype() -> torch.dtype:
