@@ -373,7 +373,6 @@ def test_a_quick_run_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "left out: addmm chain: one weight set only" in captured.out
     assert "indexed-N32-d256-r4-fp32" in captured.out
     assert "[3/3]" in captured.err
-    assert "1/" not in captured.out.split("pairs checked")[1]
     rows = rows_of(next(tmp_path.glob("ops_cpu*.csv")))
     assert {r["mode"] for r in rows} == set(MODES)
     assert {r["heat"] for r in rows if r["workload"].startswith("indexed-N32")} == {"cold", "hot"}
