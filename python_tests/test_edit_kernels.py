@@ -395,7 +395,7 @@ def regrouped(o: EditOperands, group: Tensor) -> EditOperands:
 
 
 @methods
-@pytest.mark.parametrize("tile", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize("tile", [1, 4, 64])
 @pytest.mark.parametrize("names", [(2,), (0, 1, 2, 3, -1), (3, 1, -1), (-1,), (4, 1, -5, 99)], ids=str)
 def test_groups_in_a_tile(names: tuple[int, ...], tile: int, method: str) -> None:
     """Slots of one tile that belong to one weight set, to several, to none, and to one that is not there."""
@@ -452,7 +452,7 @@ ALL_BUT_ONE = [Needs(*(name != other for name in Needs._fields)) for other in Ne
 
 
 @methods
-@pytest.mark.parametrize("mode", ["plain", "rows", "rebuild"])
+@pytest.mark.parametrize("mode", ["plain", "rebuild"])
 @pytest.mark.parametrize("activation", ["linear", "gelu"])
 def test_a_gradient_has_the_same_bits_whatever_else_is_asked_for(activation: str, mode: str, method: str) -> None:
     case = EditCase(
@@ -460,9 +460,9 @@ def test_a_gradient_has_the_same_bits_whatever_else_is_asked_for(activation: str
     )  # fmt: skip
     o = random_edit(case, seed=6)
     path = Launch(forward=method, phase1=method, chunk=3, slab_d=16, rows_n=4)
-    y, delta, s, before = check_forward(o, path)
+    y, delta, s, _ = check_forward(o, path)
     p = problem_of(o)
-    p = p._replace(h={"plain": p.h, "rows": before, "rebuild": y}[mode])
+    p = p._replace(h=y if mode == "rebuild" else p.h)
     grad = hostile_gradient(o, "contiguous")
     copy = grad.clone()
     places = [torch.randn(t.shape) for t in (p.R, p.W, p.b, p.c)]
