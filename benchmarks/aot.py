@@ -32,6 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.h100 import L2_BYTES, PROGRAMS
 from reft_kernels.backends import triton as launcher
 from reft_kernels.problem import EditProblem, Needs
 
@@ -39,8 +40,6 @@ from reft_kernels.problem import EditProblem, Needs
 SHARED_LIMIT = {
     "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
-# Of an H100: what the launchers would ask a GPU.
-PROGRAMS, L2_BYTES = 132, 50 * 2**20
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",

@@ -131,7 +131,7 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
             SAVE_ROWS=save_rows,
             COPY_OTHERS=p.positions is None and p.group is not None and not inplace,
             ACCUMULATOR=kernels.accumulators[p.accumulator],
-            enable_fp_fusion=True,
+            **_compiler_options(config),
         )  # fmt: skip
     if inplace and not h.is_inference():
         torch.autograd.graph.increment_version(h)  # a kernel's stores do not
@@ -210,7 +210,7 @@ def edit_backward(
                 ADD_C=sums[3] is not None,
                 PHASE=phase,
                 ACCUMULATOR=kernels.accumulators[p.accumulator],
-                enable_fp_fusion=True,
+                **_compiler_options(config),
                 **({} if interpreted() else {"launch_cooperative_grid": True}),
             )  # fmt: skip
     return gradients
@@ -262,6 +262,14 @@ def _flags(p: EditProblem) -> dict[str, Any]:
         # Three products of tf32 terms: as good as float32. The interpreter and AMD GPUs multiply float32 as such.
         "FLOAT32_DOT": "ieee" if interpreted() or _on_amd() else "tf32x3",
     }
+
+
+def _compiler_options(config: Config) -> dict[str, Any]:
+    """Multiply-adds are fused; on NVIDIA GPUs registers are not spilled for a second program a multiprocessor."""
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    if not (interpreted() or _on_amd()):
+        options["maxnreg"] = min(255, 65536 // (32 * config.num_warps))
+    return options
 
 
 def _on_device(tensor: Tensor) -> Any:

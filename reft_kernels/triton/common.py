@@ -122,30 +122,30 @@ def operand(b_x):
 
 
 @triton.jit
-def round_to_bfloat16(b_x):
-    """The nearest bfloat16, ties to even."""
-    if INTERPRETED:  # its conversion truncates
+def round_to(b_x, dtype: tl.constexpr):
+    """The nearest values of a type, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # its conversion truncates
         bits = b_x.to(tl.int32, bitcast=True)
         b_near = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         b_x = tl.where((bits & 0x7F800000) == 0x7F800000, b_x, b_near)
-    return b_x.to(tl.bfloat16)
+    return b_x.to(dtype)
 
 
 @triton.jit
 def split_in_two(b_w):
     """float32 values as two bfloat16 blocks: w = high + low to 2^-17 of each value."""
-    b_high = round_to_bfloat16(b_w)
-    b_low = round_to_bfloat16(b_w - b_high.to(tl.float32))
+    b_high = round_to(b_w, tl.bfloat16)
+    b_low = round_to(b_w - b_high.to(tl.float32), tl.bfloat16)
     return operand(b_high), operand(b_low)
 
 
 @triton.jit
 def split_in_three(b_w):
     """float32 values as three bfloat16 blocks: w = high + middle + low, exactly."""
-    b_high = round_to_bfloat16(b_w)
+    b_high = round_to(b_w, tl.bfloat16)
     b_rest = b_w - b_high.to(tl.float32)
-    b_middle = round_to_bfloat16(b_rest)
-    b_low = round_to_bfloat16(b_rest - b_middle.to(tl.float32))
+    b_middle = round_to(b_rest, tl.bfloat16)
+    b_low = round_to(b_rest - b_middle.to(tl.float32), tl.bfloat16)
     return operand(b_high), operand(b_middle), operand(b_low)
 
 

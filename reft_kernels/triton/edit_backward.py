@@ -12,9 +12,8 @@ are the same bits at every run and for every grid.
 With many rows both phases go chunk by chunk, so that phase 2 finds in the cache what phase 1 has read: a program does
 its part of phase 1 of the next chunk before phase 2 of this one, and seldom waits at the barrier between them.
 
-Where the rows before the edit were not kept, h = y - scale R^T delta:
-
-    sum gs h^T = sum gs y^T - (sum gs (scale delta)^T) R,    and the same for gd.
+Where the rows before the edit were not kept, they are h = y - scale R^T delta, rounded to the type of h: as long as
+the edit has not changed a value's exponent, that undoes the rounding of y.
 """
 
 import triton
@@ -30,6 +29,7 @@ from reft_kernels.triton.common import (
     keep_mask,
     locate_rows,
     next_group,
+    round_to,
     wait,
 )
 
@@ -215,8 +215,6 @@ def edit_backward_kernel(
             b_up = tl.zeros([BLOCK_R, SLAB_D], dtype=ACCUMULATOR)  # sum (scale delta) g^T
             b_down = tl.zeros([BLOCK_R, SLAB_D], dtype=ACCUMULATOR)  # sum gs h^T
             b_cross = tl.zeros([BLOCK_R, SLAB_D], dtype=ACCUMULATOR)  # sum gd h^T
-            b_gs_delta = tl.zeros([BLOCK_R, BLOCK_R], dtype=ACCUMULATOR)  # sum gs (scale delta)^T
-            b_gd_delta = tl.zeros([BLOCK_R, BLOCK_R], dtype=ACCUMULATOR)  # sum gd (scale delta)^T
             b_sum_gs = tl.zeros([BLOCK_R], dtype=ACCUMULATOR)
             b_sum_gd = tl.zeros([BLOCK_R], dtype=ACCUMULATOR)
 
@@ -276,13 +274,12 @@ def edit_backward_kernel(
                         else:
                             x_rows = (x_ptr + i_b * stride_x_b + i_s * stride_x_s)[:, None]
                         b_x = tl.load(x_rows + o_d[None, :], mask=m_nd, other=0)
+                        if REBUILD:
+                            b_wide = dot_up(-b_delta, b_R, b_x.to(ACCUMULATOR), HALF, FLOAT32_DOT)
+                            b_x = round_to(b_wide, x_ptr.dtype.element_ty)
                         b_down = dot_outer(b_gs, b_x, b_down, FLOAT32_DOT)
                         if NEED_CROSS:
                             b_cross = dot_outer(b_gd, b_x, b_cross, FLOAT32_DOT)
-                        if REBUILD:
-                            b_gs_delta = dot_outer(b_gs, b_delta, b_gs_delta, FLOAT32_DOT)
-                            if NEED_CROSS:
-                                b_gd_delta = dot_outer(b_gd, b_delta, b_gd_delta, FLOAT32_DOT)
                     if NEED_H:
                         b_dh = b_g.to(ACCUMULATOR)
                         if DROPOUT:
@@ -291,12 +288,8 @@ def edit_backward_kernel(
                             b_dh = dot_up(b_gs, b_A, b_dh, HALF, FLOAT32_DOT)
                         if SUBTRACT and not (HAS_W and ACTIVATION == "linear"):
                             b_dh = dot_up(-b_gd, b_R, b_dh, HALF, FLOAT32_DOT)
-                        tl.store(grad_rows + o_d[None, :], b_dh.to(grad_ptr.dtype.element_ty), mask=m_nd)
+                        tl.store(grad_rows + o_d[None, :], round_to(b_dh, grad_ptr.dtype.element_ty), mask=m_nd)
 
-            if REBUILD and NEED_DOWN:
-                b_down = dot_up(-b_gs_delta, b_R, b_down, False, FLOAT32_DOT)
-                if NEED_CROSS:
-                    b_cross = dot_up(-b_gd_delta, b_R, b_cross, False, FLOAT32_DOT)
             if NEED_R:
                 b_dR = b_up
                 if DROPOUT:
@@ -308,19 +301,19 @@ def edit_backward_kernel(
                         b_dR -= b_cross
                 if ADD_R:
                     b_dR += tl.load(dR_ptr + o_weights + o_rd, mask=m_rd, other=0).to(ACCUMULATOR)
-                tl.store(dR_ptr + o_weights + o_rd, b_dR.to(dR_ptr.dtype.element_ty), mask=m_rd)
+                tl.store(dR_ptr + o_weights + o_rd, round_to(b_dR, dR_ptr.dtype.element_ty), mask=m_rd)
             if NEED_W:
                 if ADD_W:
                     b_down += tl.load(dW_ptr + o_weights + o_rd, mask=m_rd, other=0).to(ACCUMULATOR)
-                tl.store(dW_ptr + o_weights + o_rd, b_down.to(dW_ptr.dtype.element_ty), mask=m_rd)
+                tl.store(dW_ptr + o_weights + o_rd, round_to(b_down, dW_ptr.dtype.element_ty), mask=m_rd)
             if i_slab == 0:
                 m_b = o_r < tl.where(i_item < n_items, r, 0)
                 if NEED_B:
                     if ADD_B:
                         b_sum_gs += tl.load(db_ptr + i_own * r + o_r, mask=m_b, other=0).to(ACCUMULATOR)
-                    tl.store(db_ptr + i_own * r + o_r, b_sum_gs.to(db_ptr.dtype.element_ty), mask=m_b)
+                    tl.store(db_ptr + i_own * r + o_r, round_to(b_sum_gs, db_ptr.dtype.element_ty), mask=m_b)
                 if NEED_C:
                     b_dc = -b_sum_gd
                     if ADD_C:
                         b_dc += tl.load(dc_ptr + i_own * r + o_r, mask=m_b, other=0).to(ACCUMULATOR)
-                    tl.store(dc_ptr + i_own * r + o_r, b_dc.to(dc_ptr.dtype.element_ty), mask=m_b)
+                    tl.store(dc_ptr + i_own * r + o_r, round_to(b_dc, dc_ptr.dtype.element_ty), mask=m_b)

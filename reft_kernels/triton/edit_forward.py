@@ -15,7 +15,16 @@ Three methods, each for its own sizes. With a linear f the products are those of
 import triton
 import triton.language as tl
 
-from reft_kernels.triton.common import NO_GROUP, activate, dot_down, dot_up, keep_mask, locate_rows, next_group
+from reft_kernels.triton.common import (
+    NO_GROUP,
+    activate,
+    dot_down,
+    dot_up,
+    keep_mask,
+    locate_rows,
+    next_group,
+    round_to,
+)
 
 
 @triton.jit(
@@ -116,7 +125,7 @@ def edit_forward_kernel(
                 b_y = tl.where(m_keep, b_y * keep_gain, 0)
             if SAVE_ROWS:
                 tl.store(before_ptr + i_n.to(tl.int64) * d + o_d, b_before, mask=m_h)
-            tl.store(y_ptr + i_b * stride_y_b + i_s * stride_y_s + o_d, b_y.to(b_before.dtype), mask=m_h)
+            tl.store(y_ptr + i_b * stride_y_b + i_s * stride_y_s + o_d, round_to(b_y, b_before.dtype), mask=m_h)
         return
 
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -178,7 +187,7 @@ def edit_forward_kernel(
             b_y = tl.where(m_keep, b_y * keep_gain, 0)
         if SAVE_ROWS:
             tl.store((before_ptr + o_n.to(tl.int64) * d)[:, None] + o_d, b_before, mask=m_h)
-        b_after = b_y.to(b_before.dtype)
+        b_after = round_to(b_y, b_before.dtype)
         if COPY_OTHERS:
             b_after = tl.where(m_edited[:, None], b_after, b_before)
         tl.store(y_rows + o_d, b_after, mask=m_h)
@@ -237,7 +246,7 @@ def edit_forward_kernel(
                 if SAVE_ROWS:
                     before_rows = (before_ptr + o_n.to(tl.int64) * d)[:, None]
                     tl.store(before_rows + o_d[None, :], b_before, mask=m_h)
-                tl.store(y_rows + o_d[None, :], b_y.to(b_before.dtype), mask=m_h)
+                tl.store(y_rows + o_d[None, :], round_to(b_y, b_before.dtype), mask=m_h)
             i_own = next_group(i_g, i_own)
         if COPY_OTHERS:
             for i_tile in range(N_TILES):

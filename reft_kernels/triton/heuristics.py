@@ -56,14 +56,15 @@ def backward_config(p: EditProblem, slots: int, resident: int, warpgroups: bool)
     wide = max(4, power_of_two(d))
     light = p.h.dtype == torch.bfloat16 and p.activation == "linear" and p.dropout == 0 and r <= 16
     # One slab a program where that is possible: then many slots can go chunk by chunk.
-    slab = 64 if -(-d // 32) * groups > resident else 32
+    slab = 64 if light and -(-d // 32) * groups > resident else 32 if warpgroups or r <= 32 else 16
     # With fewer rows than columns the warps share out the columns, and none repeats another's products.
-    block, stages = (64, 2) if light and warpgroups else (16, 3 if r <= 32 else 2)
+    block, stages = (64, 2) if light and warpgroups else (16, 3 if r <= 16 else 2)
     if d <= MAX_ROWS_D and r <= MAX_ROWS_RANK and slots < MANY_SLOTS:
         method, rows, columns, fetched = "rows", min(4, HELD_ROWS // wide), wide, 2 if wide <= 8192 else 1
     else:
         method, rows, columns, fetched = "tiles", 16, min(128 if light else 64, max(16, wide)), 2
-    return BackwardConfig(method, rows, columns, block, slab, SLAB_STAGES=stages, STAGES=fetched, num_warps=8)
+    warps = 8 if warpgroups or r <= 32 else 4
+    return BackwardConfig(method, rows, columns, block, slab, SLAB_STAGES=stages, STAGES=fetched, num_warps=warps)
 
 
 def padded_rank(config: Config, r: int) -> int:
