@@ -24,7 +24,7 @@ from torch import Tensor
 
 from reft_kernels import edit, ownership
 from reft_kernels.backends import registry
-from reft_kernels.functional import _checked
+from reft_kernels.operands import checked
 from reft_kernels.problem import EditProblem, Needs, autocast_is_on, grouped
 
 BATCH, LENGTH, SLOTS, WIDTH, RANK = 1, 4, 2, 8, 2
@@ -101,7 +101,7 @@ def stages() -> list[tuple[Stage, bool]]:
     upstream = torch.ones_like(source)
     leaves = (source, R, W, b)
     slots = (positions, None, None, True, "linear", 0.0, None)
-    problem = _checked(plain, R, W, b, None, *slots)
+    problem = checked(plain, R, W, b, None, *slots)
     shapes = (R.shape, b.shape)
 
     def forward(h: Tensor, **how: Any) -> Tensor:
@@ -135,7 +135,7 @@ def stages() -> list[tuple[Stage, bool]]:
         ("edit forward + backward, rebuild", lambda: backward(forward(source * 1, inplace=True, rebuild=True))),
     ]
     pieces = [
-        ("checks of the operands", lambda: _checked(plain, R, W, b, None, *slots)),
+        ("checks of the operands", lambda: checked(plain, R, W, b, None, *slots)),
         ("layout [G, ...], with no_grad", layout),
         ("no_grad alone", no_grad),
         ("autocast, whether it is on", lambda: autocast_is_on(plain.device)),

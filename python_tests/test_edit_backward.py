@@ -202,8 +202,8 @@ class Recorder:
         self.forwards.append(save_rows)
         return self.inner.edit_forward(problem, inplace, save_rows)
 
-    def edit_backward(self, grad, problem, delta, s, needs):
-        found = self.inner.edit_backward(grad, problem, delta, s, needs)
+    def edit_backward(self, grad, problem, delta, s, needs, **how):
+        found = self.inner.edit_backward(grad, problem, delta, s, needs, **how)
         self.calls.append((needs, found))
         return found
 

@@ -59,8 +59,8 @@ def test_triton(case: EditCase) -> None:
 def test_the_check_can_fail(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = registry.BACKENDS[backend].edit_backward
 
-    def wrong(grad, problem, delta, s, needs):
-        dh, dR, dW, db, dc = inner(grad, problem, delta, s, needs)
+    def wrong(grad, problem, delta, s, needs, **how):
+        dh, dR, dW, db, dc = inner(grad, problem, delta, s, needs, **how)
         return dh, dR * (1 + 1e-4), dW, db, dc
 
     monkeypatch.setattr(registry.BACKENDS[backend], "edit_backward", wrong)
