@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 from unittest import mock
@@ -89,9 +89,7 @@ def forced(path: Launch) -> Iterator[None]:
         "resident_programs": lambda device: path.programs,
         "_chunk": lambda rows, *others: rows if path.chunk is None else path.chunk,
     }
-    with ExitStack() as stack:
-        for name, replacement in replaced.items():
-            stack.enter_context(mock.patch.object(launcher, name, replacement))
+    with mock.patch.multiple(launcher, **replaced):
         yield
 
 
@@ -109,12 +107,9 @@ def widened(p: EditProblem, dtype: torch.dtype) -> EditProblem:
     })  # fmt: skip
 
 
-def edited_slots(p: EditProblem, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def edited_slots(p: EditProblem, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Slot, row of [B * S] and group of every slot that is edited."""
-    batch = p.h.shape[0] if p.h.dim() == 3 else None
-    shape = next(t.shape for t in (p.positions, p.group) if t is not None) if batch is None else (
-        (batch, length) if p.positions is None else p.positions.shape
-    )  # fmt: skip
+    shape = (batch, length) if p.positions is None else p.positions.shape
     positions = torch.arange(length).expand(shape) if p.positions is None else p.positions.long()
     group = torch.zeros(shape, dtype=torch.int64) if p.group is None else p.group.long()
     edited = (positions >= 0) & (positions < length) & (group >= 0) & (group < p.R.shape[0])
@@ -126,7 +121,7 @@ def edited_slots(p: EditProblem, length: int) -> tuple[Tensor, Tensor, Tensor]:
 def down_projections(o: EditOperands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """delta and s [N, r] by the formulas; zeros where a slot is not edited."""
     p = widened(problem_of(o), dtype)
-    slots, rows, group = edited_slots(p, p.h.shape[1])
+    slots, rows, group = edited_slots(p, *p.h.shape[:2])
     count = p.h.shape[0] * (p.h.shape[1] if p.positions is None else p.positions.shape[1])
     x = p.h.reshape(-1, p.h.shape[-1])[rows]
     delta, s = torch.zeros(2, count, p.R.shape[1], dtype=dtype)
@@ -150,9 +145,8 @@ def formulas(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The gradients of h, R, W, b and c by name, from what the forward has left; h is y if ``rebuild``."""
     p, grad, delta, s = widened(problem, dtype), grad.to(dtype), delta.to(dtype), s.to(dtype)
-    _, length, d = grad.shape
-    shaped = p._replace(h=grad)  # rows alone do not tell the shape
-    slots, rows, group = edited_slots(shaped, length)
+    batch, length, d = grad.shape
+    slots, rows, group = edited_slots(p, batch, length)
     g, delta = grad.reshape(-1, d)[rows], delta[slots]
     R = p.R[group]
     scale = torch.ones(len(slots), 1, dtype=dtype) if p.scale is None else p.scale.reshape(-1)[slots].unsqueeze(1)
@@ -219,7 +213,7 @@ def check_forward(
     assert tuple(s.shape) == ((0,) if p.activation == "linear" else tuple(delta.shape))
     if p.activation != "linear":
         assert_close(s, exact[1], plain[1], factor=4, name="s")
-    slots, rows, _ = edited_slots(p, y.shape[1])
+    slots, rows, _ = edited_slots(p, *y.shape[:2])
     assert_bitwise_equal(before[slots], original.reshape(-1, y.shape[2])[rows], name="rows before the edit")
     return y, delta, s, before
 
