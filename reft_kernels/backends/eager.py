@@ -123,7 +123,8 @@ def edit_backward(
         if wanted_W or p.subtract:
             x = (p.h if p.h.dim() == 2 else _read(p.h, slots)).to(dtype)
             if rebuild:
-                x = _add_up(x, scaled, R, slots, sign=-1)
+                # Rounded as h was, which mostly undoes the rounding of y.
+                x = _add_up(x, scaled, R, slots, sign=-1).to(p.h.dtype).to(dtype)
             if slots.idle is not None:
                 x = x.masked_fill(slots.idle, 0)
         if wanted_W:

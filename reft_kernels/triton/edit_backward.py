@@ -188,8 +188,8 @@ def edit_backward_kernel(
 
     if PHASE != 1:
         N_SLABS: tl.constexpr = (d + SLAB_D - 1) // SLAB_D
-        NEED_DOWN: tl.constexpr = NEED_W or (NEED_R and SUBTRACT)  # sum gs h^T
-        NEED_CROSS: tl.constexpr = NEED_R and SUBTRACT and ACTIVATION != "linear"  # sum gd h^T
+        NEED_X: tl.constexpr = NEED_W or (NEED_R and SUBTRACT)
+        NEED_CROSS: tl.constexpr = NEED_R and SUBTRACT and ACTIVATION != "linear"  # sum gd h^T, which is not dW
         HALF: tl.constexpr = grad_ptr.dtype.element_ty == tl.bfloat16 or grad_ptr.dtype.element_ty == tl.float16
         if DROPOUT:
             seed = tl.load(seed_ptr)
@@ -208,13 +208,12 @@ def edit_backward_kernel(
             o_rd = o_r[:, None] * d + o_d[None, :]
             if NEED_H and HAS_W:
                 b_A = tl.load(W_ptr + o_weights + o_rd, mask=m_rd, other=0)  # [BLOCK_R, SLAB_D], for dh
-            if (NEED_H and SUBTRACT) or (REBUILD and NEED_DOWN):
+            if (NEED_H and SUBTRACT) or (REBUILD and NEED_X):
                 b_R = tl.load(R_ptr + o_weights + o_rd, mask=m_rd, other=0)
             if NEED_H and HAS_W and SUBTRACT and ACTIVATION == "linear":
                 b_A = b_A.to(ACCUMULATOR) - b_R.to(ACCUMULATOR)
-            b_up = tl.zeros([BLOCK_R, SLAB_D], dtype=ACCUMULATOR)  # sum (scale delta) g^T
-            b_down = tl.zeros([BLOCK_R, SLAB_D], dtype=ACCUMULATOR)  # sum gs h^T
-            b_cross = tl.zeros([BLOCK_R, SLAB_D], dtype=ACCUMULATOR)  # sum gd h^T
+            b_dR = tl.zeros([BLOCK_R, SLAB_D], dtype=ACCUMULATOR)  # without the part that is dW
+            b_dW = tl.zeros([BLOCK_R, SLAB_D], dtype=ACCUMULATOR)
             b_sum_gs = tl.zeros([BLOCK_R], dtype=ACCUMULATOR)
             b_sum_gd = tl.zeros([BLOCK_R], dtype=ACCUMULATOR)
 
@@ -254,7 +253,7 @@ def edit_backward_kernel(
                         b_gs = tl.load(gs_ptr + o_nr, mask=m_nr, other=0)
                     b_sum_gs += tl.sum(b_gs, axis=0)
                     b_sum_gd += tl.sum(b_gd, axis=0)
-                    if NEED_R or (REBUILD and NEED_DOWN):
+                    if NEED_R or (REBUILD and NEED_X):
                         b_delta = tl.load(delta_ptr + o_nr, mask=m_nr, other=0)
                         if HAS_SCALE:
                             o_scale = i_b * stride_scale_b + i_p * stride_scale_p
@@ -267,8 +266,11 @@ def edit_backward_kernel(
                             m_keep = keep_mask(seed, (i_b * S + i_s)[:, None], o_block[None, :], KEEP_THRESHOLD)
                             b_g = tl.where(m_keep, b_g, 0)
                     if NEED_R:
-                        b_up = dot_outer(b_delta, b_g, b_up, FLOAT32_DOT)
-                    if NEED_DOWN:
+                        b_u = b_delta
+                        if DROPOUT:
+                            b_u *= keep_gain
+                        b_dR = dot_outer(b_u, b_g, b_dR, FLOAT32_DOT)
+                    if NEED_X:
                         if X_IS_ROWS:
                             x_rows = (x_ptr + o_n.to(tl.int64) * d)[:, None]
                         else:
@@ -277,9 +279,10 @@ def edit_backward_kernel(
                         if REBUILD:
                             b_wide = dot_up(-b_delta, b_R, b_x.to(ACCUMULATOR), HALF, FLOAT32_DOT)
                             b_x = round_to(b_wide, x_ptr.dtype.element_ty)
-                        b_down = dot_outer(b_gs, b_x, b_down, FLOAT32_DOT)
+                        if NEED_W or not NEED_CROSS:
+                            b_dW = dot_outer(b_gs, b_x, b_dW, FLOAT32_DOT)
                         if NEED_CROSS:
-                            b_cross = dot_outer(b_gd, b_x, b_cross, FLOAT32_DOT)
+                            b_dR = dot_outer(-b_gd, b_x, b_dR, FLOAT32_DOT)
                     if NEED_H:
                         b_dh = b_g.to(ACCUMULATOR)
                         if DROPOUT:
@@ -291,21 +294,15 @@ def edit_backward_kernel(
                         tl.store(grad_rows + o_d[None, :], round_to(b_dh, grad_ptr.dtype.element_ty), mask=m_nd)
 
             if NEED_R:
-                b_dR = b_up
-                if DROPOUT:
-                    b_dR *= keep_gain
-                if SUBTRACT:
-                    if ACTIVATION == "linear":
-                        b_dR -= b_down
-                    else:
-                        b_dR -= b_cross
+                if SUBTRACT and not NEED_CROSS:
+                    b_dR -= b_dW
                 if ADD_R:
                     b_dR += tl.load(dR_ptr + o_weights + o_rd, mask=m_rd, other=0).to(ACCUMULATOR)
                 tl.store(dR_ptr + o_weights + o_rd, round_to(b_dR, dR_ptr.dtype.element_ty), mask=m_rd)
             if NEED_W:
                 if ADD_W:
-                    b_down += tl.load(dW_ptr + o_weights + o_rd, mask=m_rd, other=0).to(ACCUMULATOR)
-                tl.store(dW_ptr + o_weights + o_rd, round_to(b_down, dW_ptr.dtype.element_ty), mask=m_rd)
+                    b_dW += tl.load(dW_ptr + o_weights + o_rd, mask=m_rd, other=0).to(ACCUMULATOR)
+                tl.store(dW_ptr + o_weights + o_rd, round_to(b_dW, dW_ptr.dtype.element_ty), mask=m_rd)
             if i_slab == 0:
                 m_b = o_r < tl.where(i_item < n_items, r, 0)
                 if NEED_B:

@@ -36,15 +36,15 @@ def forward_config(p: EditProblem, slots: int, warpgroups: bool) -> ForwardConfi
         block = 1 if groups > 2 else min(4, HELD_ROWS // wide, power_of_two(-(-slots // 128)))
         warps = 4 if block * wide <= 4096 else 8
         return ForwardConfig("rows", block, wide, STAGES=2 if wide <= 8192 else 1, num_warps=warps)
-    light = p.h.dtype == torch.bfloat16 and p.activation == "linear" and p.dropout == 0
+    burdens = _burdens(p)
     if slots <= 2 * MANY_SLOTS:
         block, columns = 16, 64
-    elif light and r > 16 and warpgroups:
+    elif burdens == 0 and r > 16 and warpgroups:
         block, columns = 64, 64
     else:
-        block, columns = 32, 128 if r <= 16 else 64
-    columns = min(columns if light else 32, max(16, wide))
-    return ForwardConfig("tiles", block, columns, STAGES=2, num_warps=4 if block <= 16 else 8)
+        block, columns = 32, 128 if r <= 16 else 64 if r <= 32 else 32
+    columns = min(32 if burdens else columns, max(16, wide))
+    return ForwardConfig("tiles", block, columns, STAGES=2, num_warps=8 if block * columns >= 2048 else 4)
 
 
 def backward_config(p: EditProblem, slots: int, resident: int, warpgroups: bool) -> BackwardConfig:
@@ -54,17 +54,27 @@ def backward_config(p: EditProblem, slots: int, resident: int, warpgroups: bool)
     """
     groups, r, d = p.R.shape
     wide = max(4, power_of_two(d))
-    light = p.h.dtype == torch.bfloat16 and p.activation == "linear" and p.dropout == 0 and r <= 16
+    burdens = _burdens(p) + (r > 16)
+    if burdens == 0 and warpgroups:
+        block, stages = 64, 2
+    else:
+        # With fewer rows than columns the warps share out the columns, and none repeats another's products.
+        block, stages = 16, max(1, 3 - burdens)
     # One slab a program where that is possible: then many slots can go chunk by chunk.
-    slab = 64 if light and -(-d // 32) * groups > resident else 32 if warpgroups or r <= 32 else 16
-    # With fewer rows than columns the warps share out the columns, and none repeats another's products.
-    block, stages = (64, 2) if light and warpgroups else (16, 3 if r <= 16 else 2)
+    slab = 64 if burdens == 0 and -(-d // 32) * groups > resident else 32
+    slab = 16 if r > 32 and not warpgroups else slab
     if d <= MAX_ROWS_D and r <= MAX_ROWS_RANK and slots < MANY_SLOTS:
         method, rows, columns, fetched = "rows", min(4, HELD_ROWS // wide), wide, 2 if wide <= 8192 else 1
+        warps = 8
     else:
-        method, rows, columns, fetched = "tiles", 16, min(128 if light else 64, max(16, wide)), 2
-    warps = 8 if warpgroups or r <= 32 else 4
+        method, rows, columns, fetched = "tiles", 16, min(128 >> min(burdens, 2), max(16, wide)), 2
+        warps = 8 if burdens < 2 and slab > 16 else 4
     return BackwardConfig(method, rows, columns, block, slab, SLAB_STAGES=stages, STAGES=fetched, num_warps=warps)
+
+
+def _burdens(p: EditProblem) -> int:
+    """How many things make an edit's tiles need more registers: three-term products, f and dropout."""
+    return (p.h.dtype != torch.bfloat16) + (p.activation != "linear") + (p.dropout > 0)
 
 
 def padded_rank(config: Config, r: int) -> int:
