@@ -223,6 +223,7 @@ MUTANTS: list[tuple[str, str | tuple[str, str], str]] = [
     (LAUNCHER, "y = h.clone(memory_format=torch.contiguous_format)", "y = torch.empty_like(h)"),
     (LAUNCHER, "gs = gd if linear else torch.empty_like(gd)", "gs = gd"),
     # the eager backend
+    (EAGER, "sign=-1).to(p.h.dtype).to(dtype)", "sign=-1)"),
     (EAGER, "delta = delta - _down(x, R,", "delta = delta + _down(x, R,"),
     (EAGER, "delta = activate(s, p.activation)", "delta = s"),
     (EAGER, "None if p.c is None else p.c.to(dtype), slots, r)", "None, slots, r)"),
@@ -296,6 +297,7 @@ def check_backend(name: str, first: str = "") -> None:
         forced,
         hostile_gradient,
         problem_of,
+        rebuilt_error,
         widened,
     )
 
@@ -411,6 +413,9 @@ def check_backend(name: str, first: str = "") -> None:
                 results[-1] += [found[0][0, o.group == 0], *(t[0] for t in found[1:])]
         for got, expected in zip(results[1], results[0], strict=True):
             assert_bitwise_equal(got, expected)
+
+    for path in (rows, tiles):
+        assert rebuilt_error(path, backend) < 1e-5
 
     # What is rounded to half precision is as good as rounded once.
     o = random_edit(EditCase("nodireft", dtype="mixed16", shape=(9,), d=40, r=4), seed=54)
