@@ -85,7 +85,7 @@ PY
 
 # The commands of the pieces. Each runs in a shell of its own, with its time limit in seconds as $1.
 build() {
-  "$python" -m benchmarks.aot --quick --arch "$(arch)" --out "$out/triton_resources.csv"
+  "$python" -m benchmarks.aot --quick --arch "sm_$(arch)" --out "$out/triton_resources.csv"
 }
 tests() {
   local parallel=() workers

@@ -171,6 +171,9 @@ def edit_backward(
     gradients = (grad if needs.h else None, dR, dW, db, dc)
     if rows == 0:
         return gradients
+    for place in sums:
+        if place is not None:
+            torch.autograd.graph.increment_version(place)
     gd = delta.new_empty(rows, r)
     gs = gd if linear else torch.empty_like(gd)
     R, W, _, _ = _weights(p)

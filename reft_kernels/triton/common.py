@@ -141,7 +141,7 @@ def split_in_two(b_w):
 
 @triton.jit
 def split_in_three(b_w):
-    """float32 values as three bfloat16 blocks: w = high + middle + low, exactly."""
+    """float32 values as three bfloat16 blocks: w = high + middle + low, exactly. An infinity becomes NaN."""
     b_high = round_to(b_w, tl.bfloat16)
     b_rest = b_w - b_high.to(tl.float32)
     b_middle = round_to(b_rest, tl.bfloat16)
