@@ -70,7 +70,8 @@ def test_forward_and_gradients_match_the_oracle(d, r, dtype, activation, groups)
         assert errors(result, expected) <= 3 * errors(reached, expected) + floor, name
 
 
-CASES = edit_cases()
+# float64 runs in the interpreter only.
+CASES = [case for case in edit_cases() if case.dtype != "float64"]
 
 
 @pytest.mark.parametrize("seed", range(max(50, len(CASES))))

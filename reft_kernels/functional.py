@@ -76,10 +76,11 @@ def edit(
             generator of that device. The same seed drops the same elements on every backend.
         inplace: write h itself and return it. Autograd is told; what else holds h sees the edit.
         rebuild: what an edit in place keeps for its backward. True: h itself as it is after the edit, of which the
-            rows before it are rebuilt. That costs no memory and no write, and gives dW and dR one rounding of y more
-            (for bfloat16 about 2e-3 relative); h may then not be written again before the backward. False: a copy of
-            the rows. None: True where every row is edited and h is no view, else False. Another edit in place of the
-            same tensor is no harm, it makes the copy. Not with dropout.
+            rows before it are rebuilt. That costs no memory and no write; values whose exponent the edit changed keep
+            the rounding of y (for bfloat16 dW is off by 6e-4 to 2e-3 relative), and h may not be written again before
+            the backward. False: a copy of the rows. None: True where every row is edited and h is no view, else
+            False. Another edit in place of the same tensor is no harm, it makes the copy. Not with dropout; under
+            ``torch.compile``, where nothing would notice that h was written again, the copy is kept in any case.
         accumulate: add the gradients of those of R, W, b and c that are leaves with a contiguous ``.grad`` of their
             dtype into that, without autograd's own addition. Hooks of the gradient's accumulation, such as
             DistributedDataParallel's, do not fire, and ``torch.autograd.grad`` does not see these gradients. Leaves
@@ -113,9 +114,7 @@ def edit(
             y: Tensor = torch.ops.reft_kernels.edit_forward(*problem, backend)[0]
             return y.view(h.shape)
         check_layout(h)
-        if rebuild is None:
-            rebuild = positions is None and dropout == 0
-        return edit_in_place(h, problem, rebuild, backend)
+        return edit_in_place(h, problem, backend)
     if _debug:
         check_contents(problem)
     if inplace:

@@ -35,7 +35,7 @@ library.define(
     "-> (Tensor delta, Tensor s, Tensor rows)"
 )
 library.define(
-    f"edit_backward_(Tensor(a!) grad, {_OPERANDS}, Tensor delta, Tensor s, bool[] needs, bool rebuild, str backend) "
+    f"edit_backward_(Tensor(a!) grad, {_OPERANDS}, Tensor delta, Tensor s, bool[] needs, str backend) "
     "-> (Tensor dR, Tensor dW, Tensor db, Tensor dc)"
 )
 
@@ -115,9 +115,9 @@ def _edit_forward_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _edit_backward_in_place(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *operands, delta, s, needs, rebuild, backend = arguments
+    *operands, delta, s, needs, backend = arguments
     problem = EditProblem(*operands)
-    _, *found = run_backward(grad, problem, delta, s, Needs(*needs), backend, inplace=True, rebuild=rebuild)
+    _, *found = run_backward(grad, problem, delta, s, Needs(*needs), backend, inplace=True)
     return tuple(grad.new_empty(0) if t is None else t for t in found)
 
 
@@ -129,14 +129,17 @@ def _edit_forward_in_place_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 def _edit_backward_in_place_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *arguments_before, _rebuild, backend = arguments
-    return _edit_backward_fake(grad, *arguments_before, backend)[1:]
+    return _edit_backward_fake(grad, *arguments)[1:]
 
 
-def edit_in_place(h: Tensor, problem: EditProblem, rebuild: bool, backend: str) -> Tensor:
-    """Writes h, of which ``problem.h`` is a view or h itself, and returns it; differentiable. For compiled graphs."""
+def edit_in_place(h: Tensor, problem: EditProblem, backend: str) -> Tensor:
+    """Writes h, of which ``problem.h`` is a view or h itself, and returns it; differentiable. For compiled graphs.
+
+    Keeps a copy of the edited rows for the backward. To keep h itself would be wrong where the graph writes it again:
+    what autograd notices by a version counter, a compiled graph does not.
+    """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in problem[:5]):
-        y: Tensor = InPlaceEdit.apply(h, *problem[1:], rebuild, backend)
+        y: Tensor = InPlaceEdit.apply(h, *problem[1:], backend)
         return y
     torch.ops.reft_kernels.edit_forward_(*problem, False, backend)
     return h
@@ -149,30 +152,28 @@ class InPlaceEdit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, *arguments: Any) -> Tensor:
-        """``arguments``: the other operands of an EditProblem, then ``rebuild`` and the backend's name."""
-        *others, rebuild, backend = arguments
+        """``arguments``: the other operands of an EditProblem, then the backend's name."""
+        *others, backend = arguments
         p = EditProblem(h, *others)
         p = p._replace(h=as_rows(h, p.positions is not None))
-        delta, s, rows = torch.ops.reft_kernels.edit_forward_(*p, not rebuild, backend)
+        delta, s, rows = torch.ops.reft_kernels.edit_forward_(*p, True, backend)
         ctx.mark_dirty(h)
-        ctx.save_for_backward(h if rebuild else rows, *p[1:9], delta, s)
-        ctx.settings, ctx.rebuild, ctx.backend = p[9:], rebuild, backend
+        ctx.save_for_backward(rows, *p[1:9], delta, s)
+        ctx.settings, ctx.backend = p[9:], backend
         return h
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of h, R, W, b and c."""
-        x, *others, delta, s = ctx.saved_tensors
+        rows, *others, delta, s = ctx.saved_tensors
         by_row = others[4] is not None  # positions
-        if ctx.rebuild:
-            x = as_rows(x, by_row)
         needs = list(ctx.needs_input_grad[:5])
         grad = grad.contiguous()
         found = torch.ops.reft_kernels.edit_backward_(
-            as_rows(grad, by_row), x, *others, *ctx.settings, delta, s, needs, ctx.rebuild, ctx.backend
+            as_rows(grad, by_row), rows, *others, *ctx.settings, delta, s, needs, ctx.backend
         )
         asked = (t if need else None for t, need in zip((grad, *found), needs, strict=True))
-        return *asked, *(None,) * (_N_OPERANDS - 5 + 2)
+        return *asked, *(None,) * (_N_OPERANDS - 5 + 1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

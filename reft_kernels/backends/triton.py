@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -121,17 +122,12 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
             rows, slots, length, p.R.shape[0],
             h.stride(0), h.stride(1), y.stride(0), y.stride(1), *_slot_strides(p),
             1 / (1 - p.dropout),
-            d=d,
-            r=r,
-            **config._asdict(),
-            BLOCK_R=padded_rank(config, r),
-            **_flags(p),
+            **_constants(p, config),
             HAS_B=p.b is not None,
             HAS_C=p.c is not None and p.subtract,
             SAVE_ROWS=save_rows,
             COPY_OTHERS=p.positions is None and p.group is not None and not inplace,
             ACCUMULATOR=kernels.accumulators[p.accumulator],
-            **_compiler_options(config),
         )  # fmt: skip
     if inplace and not h.is_inference():
         torch.autograd.graph.increment_version(h)  # a kernel's stores do not
@@ -194,11 +190,7 @@ def edit_backward(
                 grad.stride(0), grad.stride(1), *((x.stride(0), x.stride(1)) if x.dim() == 3 else (0, 0)),
                 *_slot_strides(p),
                 1 / (1 - p.dropout),
-                d=d,
-                r=r,
-                **config._asdict(),
-                BLOCK_R=padded_rank(config, r),
-                **_flags(p),
+                **_constants(p, config),
                 CHUNKED=chunk < rows,
                 X_IS_ROWS=x.dim() == 2,
                 REBUILD=rebuild,
@@ -213,7 +205,6 @@ def edit_backward(
                 ADD_C=sums[3] is not None,
                 PHASE=phase,
                 ACCUMULATOR=kernels.accumulators[p.accumulator],
-                **_compiler_options(config),
                 **({} if interpreted() else {"launch_cooperative_grid": True}),
             )  # fmt: skip
     return gradients
@@ -252,32 +243,52 @@ def _slot_strides(p: EditProblem) -> tuple[int, ...]:
     return tuple(stride for t in (p.positions, p.group, p.scale) for stride in ((0, 0) if t is None else t.stride()))
 
 
-def _flags(p: EditProblem) -> dict[str, Any]:
-    return {
-        "ACTIVATION": p.activation,
-        "SUBTRACT": p.subtract,
-        "HAS_W": p.W is not None,
-        "HAS_POSITIONS": p.positions is not None,
-        "HAS_GROUP": p.group is not None,
-        "HAS_SCALE": p.scale is not None,
-        "DROPOUT": p.dropout > 0,
-        "KEEP_THRESHOLD": keep_threshold(p.dropout),
+def _constants(p: EditProblem, config: Config) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    _, r, d = p.R.shape
+    plain = interpreted() or _on_amd()
+    return _constants_of(
+        config, d, r, p.activation, p.subtract, p.W is not None, p.positions is not None, p.group is not None,
+        p.scale is not None, p.dropout, plain,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants_of(
+    config: Config, d: int, r: int, activation: str, subtract: bool, has_W: bool, has_positions: bool, has_group: bool,
+    has_scale: bool, dropout: float, plain: bool,
+) -> dict[str, Any]:  # fmt: skip
+    constants = {
+        **config._asdict(),
+        "d": d,
+        "r": r,
+        "BLOCK_R": padded_rank(config, r),
+        "ACTIVATION": activation,
+        "SUBTRACT": subtract,
+        "HAS_W": has_W,
+        "HAS_POSITIONS": has_positions,
+        "HAS_GROUP": has_group,
+        "HAS_SCALE": has_scale,
+        "DROPOUT": dropout > 0,
+        "KEEP_THRESHOLD": keep_threshold(dropout),
         # Three products of tf32 terms: as good as float32. The interpreter and AMD GPUs multiply float32 as such.
-        "FLOAT32_DOT": "ieee" if interpreted() or _on_amd() else "tf32x3",
+        "FLOAT32_DOT": "ieee" if plain else "tf32x3",
+        "enable_fp_fusion": True,
     }
+    if not plain:
+        # Or the compiler would spill registers, that two programs may share a multiprocessor.
+        constants["maxnreg"] = min(255, 65536 // (32 * config.num_warps))
+    return constants
 
 
-def _compiler_options(config: Config) -> dict[str, Any]:
-    """Multiply-adds are fused; on NVIDIA GPUs registers are not spilled for a second program a multiprocessor."""
-    options: dict[str, Any] = {"enable_fp_fusion": True}
-    if not (interpreted() or _on_amd()):
-        options["maxnreg"] = min(255, 65536 // (32 * config.num_warps))
-    return options
+_NOTHING = nullcontext()
 
 
 def _on_device(tensor: Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
 
 
 @functools.cache
@@ -304,7 +315,15 @@ def _l2_bytes(device: torch.device) -> int:
 
 @functools.cache
 def _barrier_word_of_stream(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
+    # By a thread of its own: this one may be allocating from the pool of a CUDA graph, which owns what is in it.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(_zeroed_word, device).result()
+
+
+def _zeroed_word(device: torch.device) -> Tensor:
+    word = torch.zeros(1, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)
+    return word
 
 
 def _barrier_word(device: torch.device) -> Tensor:

@@ -37,7 +37,7 @@ def forward_config(p: EditProblem, slots: int, warpgroups: bool) -> ForwardConfi
         warps = 4 if block * wide <= 4096 else 8
         return ForwardConfig("rows", block, wide, STAGES=2 if wide <= 8192 else 1, num_warps=warps)
     burdens = _burdens(p)
-    if slots <= 2 * MANY_SLOTS:
+    if slots <= 2 * MANY_SLOTS or (burdens >= 2 and r > 32):
         block, columns = 16, 64
     elif burdens == 0 and r > 16 and warpgroups:
         block, columns = 64, 64
