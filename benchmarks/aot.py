@@ -188,7 +188,7 @@ def _recording(launches: list[tuple[str, Any, dict[str, Any]]], arch: str = "sm_
     )
     replaced = {
         "_kernels": lambda: recorders,
-        "_barrier_word": lambda device: torch.empty(1, dtype=torch.int32, device=device),
+        "barrier_word": lambda device: torch.empty(1, dtype=torch.int32, device=device),
         "interpreted": lambda: False,
         "_on_amd": lambda: arch.startswith("gfx"),
         "resident_programs": lambda device: PROGRAMS,

@@ -146,7 +146,7 @@ def parallel_backward(word: Tensor, *, timeout: float = 60.0, seed: int = 0) -> 
     with mock.patch.multiple(
         launcher,
         _kernels=lambda: parallel,
-        _barrier_word=lambda device: word,
+        barrier_word=lambda device: word,
         interpreted=lambda: False,
     ):
         yield

@@ -539,3 +539,38 @@ def test_accumulated_gradients_count_as_written() -> None:
     version = R.grad._version
     edit(h, R, W, b, accumulate=True, backend="eager").sum().backward()
     assert R.grad._version > version
+
+
+def test_only_what_the_backward_accumulates_is_accumulated() -> None:
+    h, R, W, b = (torch.randn(*shape, requires_grad=True) for shape in ((3, 8), (2, 8), (2, 8), (2,)))
+    edit(h, R, W, b, accumulate=True, backend="eager").sum().backward()
+    before = [t.grad.clone() for t in (R, W, b)]
+    y = edit(h, R, W, b, accumulate=True, backend="eager")
+    expected = torch.autograd.grad(edit(h, R, W, b, backend="eager").square().sum(), (h, R))
+    (dh,) = torch.autograd.grad(y.square().sum(), h, retain_graph=True)
+    dR = torch.autograd.grad(y.square().sum(), R, retain_graph=True)[0]
+    y.square().sum().backward(inputs=[h], retain_graph=True)
+    assert_bitwise_equal(dh, expected[0])
+    assert_bitwise_equal(dR, expected[1])
+    for t, grad in zip((R, W, b), before, strict=True):
+        assert_bitwise_equal(t.grad, grad)
+    y.square().sum().backward(inputs=[h, R])
+    torch.testing.assert_close(R.grad, before[0] + expected[1])
+    assert_bitwise_equal(W.grad, before[1])
+
+
+def test_a_leaf_that_is_two_operands_is_accumulated_by_autograd() -> None:
+    h, R, b = torch.randn(3, 8), torch.randn(2, 8, requires_grad=True), torch.randn(2, requires_grad=True)
+    once = torch.autograd.grad(edit(h, R, R, b, activation="tanh", backend="eager").square().sum(), (R, b))
+    for _ in range(2):
+        edit(h, R, R, b, activation="tanh", accumulate=True, backend="eager").square().sum().backward()
+    torch.testing.assert_close(R.grad, 2 * once[0])
+    torch.testing.assert_close(b.grad, 2 * once[1])
+
+
+def test_a_result_whose_backward_has_been_can_be_edited_again() -> None:
+    h, R = torch.randn(3, 8, requires_grad=True), torch.randn(2, 8)
+    y = edit(h * 1, R, inplace=True, rebuild=True, backend="eager")
+    y.sum().backward()
+    expected = edit(y.detach(), R, backend="eager")
+    assert_bitwise_equal(edit(y, R, inplace=True, backend="eager"), expected)

@@ -84,7 +84,7 @@ class EditFunction(torch.autograd.Function):
         saved = _saved_tensors(ctx)
         x = saved[0]
         positions, group, scale, seed, delta, s = saved[5:]
-        into = _places(ctx.needs_input_grad[1:5], saved[1:5], group is not None) if options.accumulate else None
+        into = _places(ctx, saved[1:5], group is not None) if options.accumulate else None
         if options.rebuild or not options.inplace:
             x = as_rows(x, positions is not None)
         R, W, b, c = ctx.weights
@@ -145,7 +145,11 @@ def _keep_before_overwriting(h: Tensor) -> None:
     """Where h is the result of an edit that kept it for its backward, that edit gets a copy of its own."""
     node: Any = h.grad_fn
     if isinstance(node, _Node) and node.options.rebuild and node.version == h._version:
-        node._raw_saved_tensors[0].register_hooks(_copy, _itself)
+        try:
+            saved = node._raw_saved_tensors
+        except RuntimeError:  # its backward has been, and what it kept is gone
+            return
+        saved[0].register_hooks(_copy, _itself)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -156,14 +160,32 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _places(
-    needed: Sequence[bool], weights: Sequence[Tensor | None], by_group: bool
-) -> tuple[Tensor | None, ...] | None:
-    """The `.grad` of those of R, W, b and c that are leaves and have one to add to, in the layout [G, ...]."""
-    places = tuple(_place(t) if need else None for t, need in zip(weights, needed, strict=True))
+def _places(ctx: Any, weights: Sequence[Tensor | None], by_group: bool) -> tuple[Tensor | None, ...] | None:
+    """The `.grad` of those of R, W, b and c that are leaves and have one to add to, in the layout [G, ...].
+
+    Not of a leaf whose gradient the engine would not accumulate, as in ``torch.autograd.grad`` or with ``inputs=``,
+    nor of one that stands for two of them: the additions to one memory would not wait for each other.
+    """
+    edges = iter(ctx.next_functions[1:])  # those of tensors alone, after that of h
+    nodes = [None if t is None else next(edges)[0] for t in weights]
+    places = [
+        _place(t) if need and _will_run(node) else None
+        for t, need, node in zip(weights, ctx.needs_input_grad[1:5], nodes, strict=True)
+    ]
+    for i, leaf in enumerate(weights):
+        if any(leaf is other for j, other in enumerate(weights) if j != i):
+            places[i] = None
     if all(place is None for place in places):
         return None
-    return places if by_group else tuple(t if t is None else t.unsqueeze(0) for t in places)
+    return tuple(t if t is None or by_group else t.unsqueeze(0) for t in places)
+
+
+def _will_run(node: Any) -> bool:
+    """Whether the running backward is going to run a node; False where torch does not tell."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except (AttributeError, RuntimeError, TypeError):  # RuntimeError: its gradient is what autograd.grad was asked for
+        return False
 
 
 def _place(leaf: Tensor | None) -> Tensor | None:

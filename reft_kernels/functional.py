@@ -83,8 +83,9 @@ def edit(
             ``torch.compile``, where nothing would notice that h was written again, the copy is kept in any case.
         accumulate: add the gradients of those of R, W, b and c that are leaves with a contiguous ``.grad`` of their
             dtype into that, without autograd's own addition. Hooks of the gradient's accumulation, such as
-            DistributedDataParallel's, do not fire, and ``torch.autograd.grad`` does not see these gradients. Leaves
-            with hooks of their own and every other tensor get their gradient as usual. Not under ``torch.compile``.
+            DistributedDataParallel's, do not fire. Leaves with hooks of their own, leaves that the backward at hand
+            does not accumulate into (``torch.autograd.grad``, ``inputs=``) and every other tensor get their gradient
+            as usual. Call the backward from the forward's stream. Not under ``torch.compile``.
         backend: one of auto, triton, eager. ``auto`` takes the first that can, see :func:`explain`; one asked for
             by name is never replaced by another.
 

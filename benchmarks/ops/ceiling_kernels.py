@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from reft_kernels.triton.common import grid_barrier
+from reft_kernels.triton.common import arrive, wait
 
 READ_ELEMENTS = 2048
 READ_BYTES = 4 * READ_ELEMENTS
@@ -21,7 +21,7 @@ def empty_kernel(word_ptr):
 def barriers_kernel(word_ptr, K):
     """K barriers across the grid."""
     for _ in range(K):
-        grid_barrier(word_ptr)
+        wait(word_ptr, arrive(word_ptr))
 
 
 @triton.jit

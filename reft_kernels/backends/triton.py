@@ -10,8 +10,6 @@ import functools
 import importlib
 import importlib.util
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reft_kernels.backends.barrier_words import barrier_word
 from reft_kernels.philox import keep_threshold
 from reft_kernels.problem import EditProblem, Needs
 from reft_kernels.triton.config_tables import BackwardConfig, Config
 from reft_kernels.triton.heuristics import backward_config, forward_config, padded_rank
+from reft_kernels.triton.interpreter import interpreted
 from reft_kernels.triton.launch_configs import device_name, lookup
 
 name = "triton"
@@ -46,11 +46,6 @@ def unavailable() -> str | None:
     if not (interpreted() or torch.cuda.is_available()):
         return "no GPU (torch.cuda.is_available() is False), and TRITON_INTERPRET=1 is not set"
     return None
-
-
-def interpreted() -> bool:
-    """Whether Triton runs in its interpreter in this process."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _on_amd() -> bool:
@@ -185,7 +180,7 @@ def edit_backward(
         for phase in phases:
             kernels.backward[(programs,)](
                 grad, x, delta, s, R, W, p.positions, p.group, p.scale, p.seed, gd, gs, dR, dW, db, dc,
-                _barrier_word(grad.device) if phase == 0 else None,
+                barrier_word(grad.device) if phase == 0 else None,
                 rows, slots, length, p.R.shape[0], chunk,
                 grad.stride(0), grad.stride(1), *((x.stride(0), x.stride(1)) if x.dim() == 3 else (0, 0)),
                 *_slot_strides(p),
@@ -311,27 +306,3 @@ def _l2_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 32 * 1024  # the interpreter: little, so that tests go through several chunks
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
-
-
-@functools.cache
-def _barrier_word_of_stream(device: torch.device, stream: int) -> Tensor:
-    # By a thread of its own: this one may be allocating from the pool of a CUDA graph, which owns what is in it.
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(_zeroed_word, device).result()
-
-
-def _zeroed_word(device: torch.device) -> Tensor:
-    word = torch.zeros(1, dtype=torch.int32, device=device)
-    torch.cuda.synchronize(device)
-    return word
-
-
-def _barrier_word(device: torch.device) -> Tensor:
-    """The word of the current stream: kernels of two streams may overlap and must not share one.
-
-    A captured launch gets a word of its own, zeroed by the graph at every replay: graphs are replayed in any order
-    and on any stream.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    return _barrier_word_of_stream(device, torch.cuda.current_stream(device).cuda_stream)

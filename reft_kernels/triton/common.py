@@ -5,14 +5,14 @@ block of values, ``BLOCK_X`` a tile size. A row's address is an int64 base; offs
 weights of one set, are int32.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
+from reft_kernels.triton.interpreter import interpreted
+
 NO_GROUP = tl.constexpr(2147483647)
 # The interpreter keeps bfloat16 as storage only: its arithmetic on it is wrong.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
@@ -219,9 +219,3 @@ def wait(word_ptr, before):
     while ((now ^ before) & -2147483648) == 0:
         now = tl.atomic_add(word_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
-
-
-@triton.jit
-def grid_barrier(word_ptr):
-    """:func:`arrive` and :func:`wait` at once."""
-    wait(word_ptr, arrive(word_ptr))

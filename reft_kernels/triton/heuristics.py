@@ -31,8 +31,8 @@ def forward_config(p: EditProblem, slots: int, warpgroups: bool) -> ForwardConfi
     if slots >= MANY_SLOTS and p.group is None and power_of_two(r) * wide <= HELD_WEIGHTS:
         return ForwardConfig("weights", BLOCK_N=1, BLOCK_D=wide, STAGES=4 if wide <= 4096 else 2, num_warps=8)
     few = slots < MANY_SLOTS and r <= MAX_ROWS_RANK
-    if d <= MAX_ROWS_D and (few or (slots <= 256 and groups > 2)):
-        # In a batch of many adapters neighbours share no weights.
+    if d <= MAX_ROWS_D and (few or slots <= 128 or (slots <= 256 and groups > 2)):
+        # Few slots make few tiles, and in a batch of many adapters neighbours share no weights.
         block = 1 if groups > 2 else min(4, HELD_ROWS // wide, power_of_two(-(-slots // 128)))
         warps = 4 if block * wide <= 4096 else 8
         return ForwardConfig("rows", block, wide, STAGES=2 if wide <= 8192 else 1, num_warps=warps)

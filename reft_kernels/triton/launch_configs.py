@@ -65,6 +65,9 @@ def lookup(
     ones with the nearest r (a tie goes to the smaller r), then the one with the nearest N (in log space, no further
     than a factor of 32; a tie goes to the smaller N).
 
+    An edit with groups or dropout has no entry. ``rebuild``, scale and the dtype of W make other kernels too, but no
+    entries of their own: the tuner keeps only configurations that fit and agree for each of them.
+
     Args:
         op: ``"edit_forward"`` or ``"edit_backward"``.
         device_name: as :func:`device_name` gives it.
