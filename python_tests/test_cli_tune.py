@@ -18,10 +18,11 @@ from reft_kernels.cli import build_parser, main, tune
 from reft_kernels.cli.common import UserError
 from reft_kernels.triton import config_tables, launch_configs
 from reft_kernels.triton.config_tables import Config, Entry, Key, format_table, make_config, misfit, read_table
-from reft_kernels.tuning import candidates, mismatch
+from reft_kernels.tuning import MAX_NAMED_ROWS, Variant, candidates, default_variant, mismatch
 from reft_kernels.tuning_bench import DeviceBench, _poisoned, draw, heuristic, run
 
 CPU = torch.device("cpu")
+VARIANTS = [Variant(rebuild, scale) for rebuild in (False, True) for scale in (False, True)]
 HEADER = dict.fromkeys(config_tables.HEADER, "1.0") | {"device": "cpu"}
 SMALL = ("--d", "64", "--r", "4", "--n", "32", "448", "--op", "edit_forward")
 
@@ -43,7 +44,7 @@ class FakeBench:
         self.key, self.clock, self.us = key, clock, us
         self.calls: dict[Config, int] = {}
 
-    def results(self, config: Config) -> Mapping[str, torch.Tensor]:
+    def results(self, config: Config, variant: Variant) -> Mapping[str, torch.Tensor]:
         return {"y": torch.ones(4)}
 
     def time(self, config: Config) -> float:
@@ -138,7 +139,7 @@ def test_what_computes_something_else_or_does_not_compile_is_dropped(
     wrong, broken, good = todo[1], todo[2], todo[3]
 
     class Bench(FakeBench):
-        def results(self, config: Config) -> Mapping[str, torch.Tensor]:
+        def results(self, config: Config, variant: Variant) -> Mapping[str, torch.Tensor]:
             if config == broken:
                 raise RuntimeError("PassManager::run failed\nwith details")
             return {"y": torch.ones(4) + (0.1 if config == wrong else 0)}
@@ -154,12 +155,75 @@ def test_what_computes_something_else_or_does_not_compile_is_dropped(
     assert dropped[1].endswith("RuntimeError: PassManager::run failed")
 
 
-def test_a_lost_device_ends_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", VARIANTS, ids=str)
+@pytest.mark.parametrize("raises", [True, False])
+def test_what_fails_in_one_variant_of_the_edit_is_not_chosen(
+    bad: Variant, raises: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    todo = candidates(forward(32), heuristic(forward(32), CPU))
+    tempting, good, slow = todo[1:4]
+    asked: dict[Config, list[Variant]] = {}
+
     class Bench(FakeBench):
-        def results(self, config: Config) -> Mapping[str, torch.Tensor]:
-            if config != heuristic(self.key, CPU):
-                raise RuntimeError("an illegal memory access was encountered")
-            return super().results(config)
+        def results(self, config: Config, variant: Variant) -> Mapping[str, torch.Tensor]:
+            asked.setdefault(config, []).append(variant)
+            if config == tempting and variant == bad:
+                if raises:
+                    raise RuntimeError("out of resource: shared memory, Required: 262144")
+                return {"y": torch.zeros(4)}
+            return {"y": torch.ones(4)}
+
+    speed = {tempting: 1.0, good: 3.0, slow: 4.0}
+    entries = tuned(tmp_path, "--n", "32", us=lambda _, config, __: speed.get(config, 5.0), bench=Bench)
+    assert entries == {forward(32): Entry(good, 3.0)}
+    (dropped,) = capsys.readouterr().err.splitlines()
+    assert f": {bad}: {'RuntimeError: out of resource' if raises else 'y is off by 1'}" in dropped
+    for config in (todo[0], good):
+        assert sorted(asked[config]) == VARIANTS
+    assert asked[slow] == [default_variant(forward(32))]
+
+
+def test_the_default_variant_is_timed() -> None:
+    backward = forward(32)._replace(op="edit_backward")
+    assert default_variant(backward) == Variant(rebuild=False, scale=False)
+    assert default_variant(backward._replace(N=MAX_NAMED_ROWS)) == Variant(rebuild=False, scale=False)
+    assert default_variant(backward._replace(N=MAX_NAMED_ROWS + 1)) == Variant(rebuild=True, scale=False)
+    for n in (32, MAX_NAMED_ROWS + 1):
+        assert default_variant(forward(n)) == Variant(rebuild=True, scale=False)
+
+
+@pytest.mark.parametrize("where", ["results", "time", "time again"])
+def test_an_error_of_the_heuristic_ends_its_case_alone(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Bench(FakeBench):
+        def results(self, config: Config, variant: Variant) -> Mapping[str, torch.Tensor]:
+            if where == "results" and self.key.N == 32:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nwith details")
+            return super().results(config, variant)
+
+    def us(key: Key, config: Config, call: int) -> float:
+        own = config == heuristic(key, CPU)
+        if key.N == 32 and own and (where, call) in (("time", 1), ("time again", 2)):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nwith details")
+        return 5.0 if own else 1.0
+
+    entries = tuned(tmp_path, us=us, bench=Bench)
+    assert list(entries) == [forward(448)]
+    said = capsys.readouterr()
+    what = "timing the fastest again" if where == "time again" else "the heuristic's configuration"
+    assert said.err.splitlines()[0] == (
+        f"[1/2] {forward(32)}: not measured: {what}: OutOfMemoryError: CUDA out of memory."
+    )
+    assert "1 entries written" in said.out
+    assert "1 cases could not be measured, the reasons stand above" in said.out
+    assert "were over" not in said.out
+
+
+def test_a_device_that_the_heuristic_lost_ends_the_run(tmp_path: Path) -> None:
+    class Bench(FakeBench):
+        def results(self, config: Config, variant: Variant) -> Mapping[str, torch.Tensor]:
+            raise RuntimeError("an illegal memory access was encountered")
 
         def check(self) -> None:
             raise RuntimeError("the device is lost")
@@ -168,13 +232,30 @@ def test_a_lost_device_ends_the_run(tmp_path: Path) -> None:
         tuned(tmp_path, us=lambda *_: 1.0, bench=Bench)
 
 
-def test_a_result_that_is_not_finite_is_no_yardstick(tmp_path: Path) -> None:
+def test_a_lost_device_ends_the_run(tmp_path: Path) -> None:
     class Bench(FakeBench):
-        def results(self, config: Config) -> Mapping[str, torch.Tensor]:
-            return {"y": torch.full((4,), float("nan"))}
+        def results(self, config: Config, variant: Variant) -> Mapping[str, torch.Tensor]:
+            if config != heuristic(self.key, CPU):
+                raise RuntimeError("an illegal memory access was encountered")
+            return super().results(config, variant)
 
-    with pytest.raises(ArithmeticError, match=r"N=32: y of the heuristic's configuration not finite"):
+        def check(self) -> None:
+            raise RuntimeError("the device is lost")
+
+    with pytest.raises(RuntimeError, match="the device is lost"):
         tuned(tmp_path, us=lambda *_: 1.0, bench=Bench)
+
+
+def test_a_result_that_is_not_finite_is_no_yardstick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Bench(FakeBench):
+        def results(self, config: Config, variant: Variant) -> Mapping[str, torch.Tensor]:
+            return {"y": torch.full((4,), float("nan") if variant.scale else 1.0)}
+
+    with pytest.raises(UserError, match="none of the cases could be measured"):
+        tuned(tmp_path, us=lambda *_: 1.0, bench=Bench)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all(re.search(r"N=\d+: not measured: .*scale=True: y not finite$", line) for line in said)
 
 
 @pytest.mark.parametrize(("again", "kept"), [(9.9, False), (9.0, True)])
@@ -328,23 +409,40 @@ def test_rounding_is_no_mismatch_and_a_wrong_edit_is() -> None:
     assert mismatch({"s": torch.empty(0)}, {"s": torch.empty(0)}) is None
 
 
+def test_a_rebuilt_element_may_be_rounded_to_its_neighbour() -> None:
+    h, gs = torch.randn(1, 512).bfloat16(), torch.randn(4, 1)
+    neighbour = torch.where(torch.arange(512) == h.abs().argmax(), h * (1 + 2**-8), h).float()
+    for name in ("dW", "dh"):
+        expected, got = {name: gs @ h.float()}, {name: gs @ neighbour}
+        assert mismatch(expected, got) is not None
+        assert (mismatch(expected, got, torch.bfloat16) is None) == (name == "dW")
+    assert mismatch({"dW": gs @ h.float()}, {"dW": 1.02 * gs @ h.float()}, torch.bfloat16) is not None
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("linear", [True, False])
-def test_the_bench_runs_the_edit_of_its_key(linear: bool) -> None:
+def test_the_bench_runs_the_edit_of_its_key(linear: bool, variant: Variant) -> None:
     pytest.importorskip("triton")
     if os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("needs TRITON_INTERPRET=1")
     for op in config_tables.CONFIGS:
         key = Key(op, "float32", "float32", linear, 24, 3, 9)
-        problem, grad, _, _ = draw(key, CPU, seed=0)
-        settings = {"positions": problem.positions, "activation": problem.activation}
-        leaves = [t.clone().requires_grad_() for t in (problem.h, problem.R[0], problem.W[0], problem.b[0])]
+        before = draw(key._replace(op="edit_forward"), CPU, 0, variant).problem.h
+        problem, rebuild, grad, _, _ = draw(key, CPU, 0, variant)
+        assert rebuild == variant.rebuild
+        assert (problem.scale is not None) == variant.scale
+        settings = {"positions": problem.positions, "activation": problem.activation, "scale": problem.scale}
+        leaves = [t.clone().requires_grad_() for t in (before, problem.R[0], problem.W[0], problem.b[0])]
         y = reference.edit(*leaves, **settings)
-        found = DeviceBench(key, CPU).results(heuristic(key, CPU))
+        found = DeviceBench(key, CPU).results(heuristic(key, CPU), variant)
         if grad is None:
-            assert set(found) == ({"y", "delta"} if linear else {"y", "delta", "s"})
+            assert set(found) == {"y", "delta"} | (set() if linear else {"s"}) | (set() if rebuild else {"before"})
             torch.testing.assert_close(found["y"], y.detach())
-            assert (y - problem.h).abs().max() > 0.1
+            assert (y - before).abs().max() > 0.1
+            if not rebuild:
+                assert torch.equal(found["before"], before[0, problem.positions[0]])
         else:
+            assert torch.equal(problem.h, before) != rebuild
             gradients = torch.autograd.grad(y, leaves, grad)
             for name, gradient in zip(("dh", "dR", "dW", "db"), gradients, strict=True):
                 torch.testing.assert_close(found[name].reshape(gradient.shape), gradient, rtol=1e-4, atol=1e-5)
@@ -356,7 +454,7 @@ def test_operands_depend_on_the_seed_and_edits_in_place_stay_bounded() -> None:
         pytest.skip("needs TRITON_INTERPRET=1")
     for op in config_tables.CONFIGS:
         key = Key(op, "bfloat16", "float32", True, 32, 2, 5)
-        one, same, other = (draw(key, CPU, seed) for seed in (1, 1, 2))
+        one, same, other = (draw(key, CPU, seed, default_variant(key)) for seed in (1, 1, 2))
         assert torch.equal(one.problem.h, same.problem.h)
         assert not torch.equal(one.problem.h, other.problem.h)
         for _ in range(30):
@@ -400,7 +498,7 @@ def test_info_names_the_table_in_use(
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = ("--d", "512", "--r", "4", "--n", "32", "2048", "--activation", "linear", "other")
-    assert main(["tune", *shapes, "--seconds", "60", "--out", str(tmp_path)]) == 0
+    assert main(["tune", *shapes, "--seconds", "180", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     entries = read_table(path).entries
     assert len(entries) == 8

@@ -16,9 +16,8 @@ from reft_kernels.problem import EditProblem, Needs
 from reft_kernels.triton.config_tables import Config, Key
 from reft_kernels.triton.heuristics import backward_config, forward_config
 from reft_kernels.triton.launch_configs import use_config
+from reft_kernels.tuning import MAX_NAMED_ROWS, Variant, default_variant
 
-# Above this many rows every token is edited, below it named positions are.
-MAX_NAMED_ROWS = 16384
 MAX_SETS = 256
 MIN_REPLAYS, MAX_REPLAYS, ENOUGH_MS = 5, 50, 60.0
 
@@ -27,6 +26,7 @@ class Operands(NamedTuple):
     """One edit; what its backward needs beside it is None for a forward."""
 
     problem: EditProblem
+    rebuild: bool
     grad: Tensor | None
     delta: Tensor | None
     s: Tensor | None
@@ -47,20 +47,21 @@ class DeviceBench:
         self.key, self.device = key, device
         self._sets: list[Operands] = []
 
-    def results(self, config: Config) -> Mapping[str, Tensor]:
-        """y, delta and s of a forward, or the gradients of a backward; memory that was not written shows as NaN."""
-        operands = draw(self.key, self.device, seed=0)
+    def results(self, config: Config, variant: Variant) -> Mapping[str, Tensor]:
+        """What a forward writes, or the gradients of a backward; memory that was not written shows as NaN."""
+        operands = draw(self.key, self.device, 0, variant)
         with use_config(self.key.op, config), _poisoned():
             return run(self.key, operands)
 
     def time(self, config: Config) -> float:
         """Median of replays of a CUDA graph, or of launches where there is no capturing them; in microseconds."""
         if not self._sets:
-            first = draw(self.key, self.device, seed=1)
+            variant = default_variant(self.key)
+            first = draw(self.key, self.device, 1, variant)
             size = sum(t.nbytes for t in (*first.problem, *first[1:]) if isinstance(t, Tensor))
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
             count = min(MAX_SETS, 1 + math.ceil(2 * cache / size))
-            self._sets = [first, *(draw(self.key, self.device, seed) for seed in range(2, count + 1))]
+            self._sets = [first, *(draw(self.key, self.device, seed, variant) for seed in range(2, count + 1))]
 
         def runs() -> None:
             for operands in self._sets:
@@ -84,7 +85,7 @@ class DeviceBench:
         torch.cuda.synchronize(self.device)
 
 
-def draw(key: Key, device: torch.device, seed: int) -> Operands:
+def draw(key: Key, device: torch.device, seed: int, variant: Variant) -> Operands:
     """Operands of one edit, the same for the same seed.
 
     R has orthonormal rows and W rows of length about one, so that edits of one tensor in place, over and over, stay
@@ -99,10 +100,13 @@ def draw(key: Key, device: torch.device, seed: int) -> Operands:
     problem = problem._replace(R=torch.linalg.qr(normal(key.d, key.r)).Q.mT[None].to(problem.R.dtype).contiguous())
     if key.N <= MAX_NAMED_ROWS:
         problem = problem._replace(positions=torch.randperm(key.N, generator=generator, device=device)[None])
+    if variant.scale:
+        scale = 0.5 + torch.rand(1, key.N, generator=generator, device=device)
+        problem = problem._replace(scale=scale, W=None if problem.W is None else problem.W.float())
     if key.op == "edit_forward":
-        return Operands(problem, None, None, None)
-    _, delta, s, _ = launcher.edit_forward(problem, inplace=False, save_rows=False)
-    return Operands(problem, normal(1, key.N, key.d).to(problem.h.dtype), delta, s)
+        return Operands(problem, variant.rebuild, None, None, None)
+    _, delta, s, _ = launcher.edit_forward(problem, inplace=variant.rebuild, save_rows=False)
+    return Operands(problem, variant.rebuild, normal(1, key.N, key.d).to(problem.h.dtype), delta, s)
 
 
 def _problem(key: Key, normal: Callable[..., Tensor]) -> EditProblem:
@@ -126,12 +130,13 @@ def _problem(key: Key, normal: Callable[..., Tensor]) -> EditProblem:
 
 def run(key: Key, operands: Operands) -> dict[str, Tensor]:
     """One edit in place, or its backward; the tensors that it wrote, by name."""
-    problem, grad, delta, s = operands
+    problem, rebuild, grad, delta, s = operands
     if grad is None or delta is None or s is None:
-        y, delta, s, _ = launcher.edit_forward(problem, inplace=True, save_rows=False)
-        return {"y": y, "delta": delta} if key.linear else {"y": y, "delta": delta, "s": s}
+        y, delta, s, before = launcher.edit_forward(problem, inplace=True, save_rows=not rebuild)
+        written = {"y": y, "delta": delta, "s": s, "before": before}
+        return {name: tensor for name, tensor in written.items() if tensor.numel()}
     needs = Needs(h=True, R=True, W=True, b=True, c=False)
-    dh, dR, dW, db, _ = launcher.edit_backward(grad, problem, delta, s, needs, inplace=True)
+    dh, dR, dW, db, _ = launcher.edit_backward(grad, problem, delta, s, needs, inplace=True, rebuild=rebuild)
     found = {"dh": dh, "dR": dR, "dW": dW, "db": db}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 

@@ -89,7 +89,7 @@ def run(
     path = folder / f"{slug(name)}.json"
     _check_writable(path)
     print(f"{name}: {len(keys)} cases, {arguments.seconds:g} s; table {path}", flush=True)
-    outcomes = _tune_all(
+    outcomes, failed = _tune_all(
         keys,
         lambda key: heuristic(key, device),
         lambda key: (make_bench or DeviceBench)(key, device),
@@ -98,11 +98,16 @@ def run(
         lambda outcome: _merge(path, _header(name, device), outcome),
     )
     launch_configs.reload()
+    if failed == len(keys):
+        raise UserError("none of the cases could be measured, the reasons stand above")
     print()
     print(format_outcomes(outcomes))
     print(f"{len(outcomes)} entries written to {path}")
-    if len(outcomes) < len(keys):
-        print(f"{len(keys) - len(outcomes)} cases not measured: --seconds {arguments.seconds:g} were over")
+    if failed:
+        print(f"{failed} cases could not be measured, the reasons stand above")
+    left = len(keys) - len(outcomes) - failed
+    if left:
+        print(f"{left} cases not measured: --seconds {arguments.seconds:g} were over")
 
 
 def format_outcomes(outcomes: list[Outcome]) -> str:
@@ -142,10 +147,11 @@ def _cuda_device() -> torch.device:
     import torch
 
     from reft_kernels.backends import triton as launcher
+    from reft_kernels.triton.interpreter import interpreted
 
     if not torch.cuda.is_available():
         raise UserError(f"needs a CUDA device, torch {torch.__version__} sees none here (--dry-run works without)")
-    if launcher.interpreted():
+    if interpreted():
         raise UserError("needs compiled kernels, got TRITON_INTERPRET=1")
     reason = launcher.unavailable()
     if reason is not None:
@@ -160,18 +166,27 @@ def _tune_all(
     seconds: float,
     clock: Callable[[], float],
     keep: Callable[[Outcome], None],
-) -> list[Outcome]:
-    """Tunes for one key after another, each with an equal part of the time that is left."""
-    from reft_kernels.tuning import tune
+) -> tuple[list[Outcome], int]:
+    """Tunes for one key after another, each with an equal part of the time that is left.
+
+    Returns what was found, and how many keys could not be measured.
+    """
+    from reft_kernels.tuning import CaseError, tune
 
     outcomes: list[Outcome] = []
+    failed = 0
     start = clock()
     for number, key in enumerate(keys, start=1):
         left = seconds - (clock() - start)
         if left <= 0:
             break
         began = clock()
-        outcome = tune(key, heuristic(key), make_bench(key), left / (len(keys) + 1 - number), clock)
+        try:
+            outcome = tune(key, heuristic(key), make_bench(key), left / (len(keys) + 1 - number), clock)
+        except CaseError as error:
+            failed += 1
+            print(f"[{number}/{len(keys)}] {key}: not measured: {error}", file=sys.stderr, flush=True)
+            continue
         keep(outcome)
         outcomes.append(outcome)
         print(
@@ -181,7 +196,7 @@ def _tune_all(
         )
         for config, reason in outcome.dropped.items():
             print(f"  dropped {_words(config)}: {reason}", file=sys.stderr)
-    return outcomes
+    return outcomes, failed
 
 
 def _list_candidates(keys: list[Key], heuristic: Callable[[Key], Config]) -> None:
