@@ -6,8 +6,9 @@
 # OUT is the folder for results, benchmarks/results/gpu by default; every piece writes its output to OUT/PIECE.txt, and
 # timings and ceilings write their files as they go, so that a piece that is cut off loses nothing that came before.
 # Pieces, in the order in which they run: build tests ceilings timings sanitizer plots. GPU_SUITE_ONLY and PYTHON
-# (python3) may be set instead. Needs only torch, Triton and pytest; with pytest-xdist the tests run in parallel. Exit
-# status 1 if a piece failed or had no time.
+# (python3) may be set instead. Needs only torch, Triton and pytest, and what Triton compiles its launchers with: a C
+# compiler (CC, gcc or clang) and Python.h. Tests run in parallel: by pytest-xdist, or where that is not installed in
+# processes started here, which write to OUT/tests.N.txt. Exit status 1 if a piece failed or had no time.
 # shellcheck disable=SC2317,SC2329 # the functions of the pieces are called through `bash -c`
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -41,7 +42,7 @@ device() {
   echo "commit $REFT_KERNELS_COMMIT"
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu --format=csv 2>/dev/null
   "$python" - <<'PY'
-import sys
+import os, pathlib, shutil, sys, sysconfig
 import torch
 
 print("python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
@@ -51,6 +52,9 @@ except ImportError:
     print("triton is not installed")
 else:
     print("triton", triton.__version__)
+print("C compiler:", os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "absent")
+header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
+print("Python.h:", header if header.is_file() else f"absent ({header})")
 if not torch.cuda.is_available():
     sys.exit("no CUDA device")
 p = torch.cuda.get_device_properties(0)
@@ -59,9 +63,16 @@ print(f"{p.name}: sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocesso
 PY
 }
 
+# arch: the nearest architecture at or below the GPU's of those that benchmarks.aot knows; without a GPU sm_90.
 arch() {
-  "$python" -c 'import torch
-print("%d%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else 90)'
+  "$python" - <<'PY'
+import torch
+from benchmarks.aot import SHARED_LIMIT
+
+known = sorted(int(name[3:]) for name in SHARED_LIMIT if name.startswith("sm_"))
+major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+print(f"sm_{max((a for a in known if a <= 10 * major + minor), default=known[0])}")
+PY
 }
 
 sanitizer_path() {
@@ -85,15 +96,44 @@ PY
 
 # The commands of the pieces. Each runs in a shell of its own, with its time limit in seconds as $1.
 build() {
-  "$python" -m benchmarks.aot --quick --arch "sm_$(arch)" --out "$out/triton_resources.csv"
+  local arch
+  arch=$(arch) || return
+  echo "for $arch"
+  "$python" -m benchmarks.aot --quick --arch "$arch" --out "$out/triton_resources.csv"
+}
+# pytest_within SECONDS ARGUMENTS...: the tests of the GPU, in the group of processes that the limit of the piece ends.
+pytest_within() {
+  local seconds=$1
+  shift
+  ((seconds > 0)) || return 124
+  # -v and the -q of pyproject.toml cancel out. Of a test that hangs, faulthandler prints where; to end its workers and
+  # print what failed until then, pytest-xdist takes ten seconds.
+  timeout --foreground --kill-after=12 "$seconds" "$python" -m pytest -vv -o faulthandler_timeout=60 \
+    -p no:cacheprovider python_tests/test_edit_gpu.py "$@"
 }
 tests() {
-  local parallel=() workers
+  local beside='gpu and not alone' last=60 workers i status=0 shards=()
+  ((last > $1 / 2)) && last=$(($1 / 2)) # seconds left for the tests that need the GPU's memory for themselves
+  # Most of the time goes into compiling kernels, which takes one core a process.
   workers=$(nproc)
   ((workers > 12)) && workers=12
-  # Most of the time goes into compiling kernels.
-  "$python" -c 'import xdist' 2>/dev/null && parallel=(--numprocesses "$workers" --dist worksteal)
-  "$python" -m pytest -q -m gpu python_tests/test_edit_gpu.py -p no:cacheprovider "${parallel[@]}"
+  if "$python" -c 'import xdist' 2>/dev/null; then
+    pytest_within $(($1 - last)) -m "$beside" --numprocesses "$workers" --dist worksteal || status=$?
+  else
+    for ((i = 0; i < workers; i++)); do
+      REFT_KERNELS_SHARD=$i/$workers pytest_within $(($1 - last)) -m "$beside" >"$out/tests.$i.txt" 2>&1 &
+      shards+=($!)
+    done
+    for i in "${!shards[@]}"; do
+      wait "${shards[$i]}" || status=$?
+      echo "== shard $i of $workers"
+      grep -E '^(FAILED|ERROR|Timeout) ' "$out/tests.$i.txt"
+      tail -n 1 "$out/tests.$i.txt"
+    done
+  fi
+  echo "== one at a time"
+  pytest_within $(($1 - SECONDS - 7)) -m 'gpu and alone' || status=$?
+  return "$status"
 }
 ceilings() {
   "$python" -m benchmarks.run --suite ops --device cuda --out "$out" --only ceilings
@@ -139,7 +179,7 @@ run() {
 
 sanitizer_program=$(sanitizer_path)
 export out python sanitizer_program
-export -f arch build tests ceilings timings sanitizer plots
+export -f arch build pytest_within tests ceilings timings sanitizer plots
 
 device 2>&1 | tee "$out/device.txt"
 has_gpu=$((PIPESTATUS[0] == 0))

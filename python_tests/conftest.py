@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import signal
 import zlib
 from pathlib import Path
 
@@ -22,7 +23,20 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: needs gigabytes of a GPU's memory; not to be run beside other tests")
+    if not hasattr(config, "workerinput"):  # of pytest-xdist
+        # As Ctrl-C does, so that a run that `timeout` ends still says what failed until then.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps one shard of the tests, where REFT_KERNELS_SHARD is "i/n"; skips those that need a GPU where none is."""
+    if shard := os.environ.get("REFT_KERNELS_SHARD"):
+        index, count = map(int, shard.split("/"))
+        others = [item for item in items if zlib.crc32(item.nodeid.encode()) % count != index]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == index]
     if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0":
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device and TRITON_INTERPRET=0 (make test-gpu)")
