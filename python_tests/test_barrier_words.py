@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reft_kernels.backends import barrier_words
-from reft_kernels.backends.barrier_words import LINE, Bank
+from reft_kernels.backends.barrier_words import SECTOR, Bank
 from reft_kernels.triton.interpreter import interpreted
 
 
@@ -21,7 +21,7 @@ def test_words_are_zero_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> Non
     assert captured is not None
     addresses = {t.data_ptr() for t in (first, second, captured)}
     assert len(addresses) == 3
-    assert all((address - min(addresses)) % (4 * LINE) == 0 for address in addresses)
+    assert all((address - min(addresses)) % (4 * SECTOR) == 0 for address in addresses)
     assert all(t.shape == (1,) and t.dtype == torch.int32 and int(t) == 0 for t in (first, second, captured))
     assert bank.take() is None
     late = bank.of_stream(9)  # of a further bank
@@ -36,6 +36,19 @@ def test_a_bank_is_allocated_by_another_thread(monkeypatch: pytest.MonkeyPatch) 
     Bank(torch.device("cpu"))
     assert threads
     assert threading.get_ident() not in threads
+
+
+def test_captures_may_share_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    barrier_words.bank(device)
+    one, other = barrier_words.barrier_word(device), barrier_words.barrier_word(device)
+    assert one.data_ptr() != other.data_ptr()
+    with barrier_words.shared_by_captures(device):
+        shared = [barrier_words.barrier_word(device).data_ptr() for _ in range(3)]
+    assert len(set(shared)) == 1
+    assert shared[0] not in (one.data_ptr(), other.data_ptr())
+    assert barrier_words.barrier_word(device).data_ptr() not in shared
 
 
 @pytest.mark.parametrize(("word", "meant"), [("1", True), ("true", True), ("ON", True), ("0", False), ("no", False)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels.backends import triton as launcher
+from reft_kernels.backends.barrier_words import shared_by_captures
 from reft_kernels.problem import EditProblem, Needs
 from reft_kernels.triton.config_tables import Config, Key
 from reft_kernels.triton.heuristics import backward_config, forward_config
@@ -72,7 +73,8 @@ class DeviceBench:
             torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
+                device = self._sets[0].problem.h.device
+                with shared_by_captures(device), torch.cuda.graph(graph):
                     runs()
                 replay: Callable[[], None] = graph.replay
             except RuntimeError:  # a driver that captures no cooperative launches

@@ -7,18 +7,20 @@ replayed in any order and on any stream.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-WORDS = 4096
-LINE = 32  # int32 in a line of cache
+WORDS = 65536
+SECTOR = 8  # int32 in a sector of cache
 
 
 class Bank:
-    """``WORDS`` zeroed words, each in a cache line of its own, given out one by one and never taken back."""
+    """``WORDS`` zeroed words, each in a sector of cache of its own, given out one by one and never taken back."""
 
     def __init__(self, device: torch.device) -> None:
         # By a thread of its own: this one may be allocating from the pool of a CUDA graph, which owns what is in it.
@@ -34,7 +36,7 @@ class Bank:
             if self._given == WORDS:
                 return None
             self._given += 1
-            return self._memory[(self._given - 1) * LINE :][:1]
+            return self._memory[(self._given - 1) * SECTOR :][:1]
 
     def of_stream(self, stream: int) -> Tensor:
         """The word of a stream, by its handle."""
@@ -59,17 +61,37 @@ def bank(device: torch.device) -> Bank:
         return _banks[device]
 
 
+_shared: dict[torch.device, Tensor] = {}
+
+
+@contextlib.contextmanager
+def shared_by_captures(device: torch.device) -> Iterator[None]:
+    """While active every launch that is captured gets one and the same word.
+
+    For who captures many graphs and replays them one after the other, on one stream: words are never taken back.
+    """
+    word = bank(device).take()
+    if word is not None:
+        _shared[device] = word
+    try:
+        yield
+    finally:
+        _shared.pop(device, None)
+
+
 def barrier_word(device: torch.device) -> Tensor:
     """int32 [1], at rest, for the next launch on the current stream of ``device``."""
     if not torch.cuda.is_current_stream_capturing():
         return bank(device).of_stream(torch.cuda.current_stream(device).cuda_stream)
+    if device in _shared:
+        return _shared[device]
     # A bank cannot be made while capturing. The graph then zeroes a word of its own at every replay.
     word = _banks[device].take() if device in _banks else None
     return torch.zeros(1, dtype=torch.int32, device=device) if word is None else word
 
 
 def _zeros(device: torch.device) -> Tensor:
-    words = torch.zeros(WORDS * LINE, dtype=torch.int32, device=device)
+    words = torch.zeros(WORDS * SECTOR, dtype=torch.int32, device=device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return words
