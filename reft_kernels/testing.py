@@ -53,8 +53,7 @@ def assert_close(
         rms  e(actual)   <=  factor * rms  e(baseline)   +  floor * rms  oracle
 
     The floor is for baselines that are right by luck. It is 8 eps for float32 and 64 eps for float64; in half
-    precision 8 eps of float32 and one eps of the result, for the rounding of a store that no kernel can avoid (one,
-    not half of one, because Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest).
+    precision 8 eps of float32 and one eps of the result, twice what the rounding of a store can cost.
 
     Args:
         actual: the result under test.
