@@ -42,13 +42,14 @@ def unavailable() -> str | None:
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
         return f"needs Triton {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer, got {version}"
     if _on_amd():
-        return "AMD GPUs are not supported yet"
+        return "compiles for AMD GPUs, but has not been tried on one"
     if not (interpreted() or torch.cuda.is_available()):
         return "no GPU (torch.cuda.is_available() is False), and TRITON_INTERPRET=1 is not set"
     return None
 
 
 def _on_amd() -> bool:
+    """Whether this is a torch for AMD GPUs; benchmarks.aot compiles for them."""
     return torch.version.hip is not None
 
 

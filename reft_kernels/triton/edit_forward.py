@@ -5,7 +5,7 @@
 Three methods, each for its own sizes. With a linear f the products are those of A = W - gamma R, formed on the fly.
 
 ``rows``     A program holds the rows of BLOCK_N slots in registers and walks through those of R and W, which are
-             fetched ahead of their use: h is read once. For small r and any number of slots.
+             fetched ahead of their use: h is read once. For small r, and for few slots.
 ``weights``  A program holds one whole weight set in registers and walks through slots, whose rows are fetched ahead
              of their use: h and the weights are read once. For small r d and many slots.
 ``tiles``    A program walks twice through the columns of BLOCK_N slots' rows, for W h and R h and then, backwards,
