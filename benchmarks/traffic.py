@@ -9,7 +9,9 @@ and dh written once, the weights read once. What is asked for beyond that comes 
 weights read by every program, rows that are walked through twice.
 
 Columns: MB asked for by operand, the minimum and their ratio; operations of CUDA cores and of tensor cores for each
-edited element of h (a multiply-add is two), and the minimum: 4 r forward and 8 r backward with a linear f.
+edited element of h, and the minimum with a linear f: 4 r forward and 8 r backward, a multiply-add being two. Those of
+CUDA cores are products and sums of blocks; what ``tl.sum`` adds up, as much as the products before it, is not counted.
+Those of tensor cores include the padding of r to 16 and the three terms of a float32 operand.
 """
 
 from __future__ import annotations
