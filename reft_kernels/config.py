@@ -166,8 +166,8 @@ class ReftConfig:
         dropout, act_fn, add_bias, dtype: of the interventions (dtype None: float32).
         rebuild: let the last edit that is written into a block's own output rebuild the rows before it in the backward
             instead of copying them in the forward. The block's output must then stay as edited until the backward
-            (an error tells where the model writes it again), and for bfloat16 the gradients of R and W carry one
-            rounding of it more, about 2e-3 relative. No effect on edits with dropout.
+            (an error tells where the model writes it again), and for bfloat16 the gradient of W is off by 6e-4 to
+            2e-3 relative. No effect on edits with dropout.
         intervention_types: class of all the listed representations that have none (pyvene's keyword).
 
     Raises ValueError or TypeError naming the argument.

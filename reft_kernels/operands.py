@@ -15,22 +15,9 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def normalise(
-    h: Tensor,
-    R: Tensor,
-    W: Tensor | None,
-    b: Tensor | None,
-    c: Tensor | None,
-    positions: Tensor | None,
-    group: Tensor | None,
-    scale: Tensor | float | None,
-    subtract: bool,
-    activation: str,
-    dropout: float,
-    seed: Tensor | int | None,
-) -> EditProblem:
-    """Checks every operand and brings it into the layout of an EditProblem."""
-    return grouped(checked(h, R, W, b, c, positions, group, scale, subtract, activation, dropout, seed))
+def normalise(*operands: Any) -> EditProblem:
+    """What :func:`checked` makes of the same arguments, in the layout of the backends."""
+    return grouped(checked(*operands))
 
 
 def checked(
@@ -47,7 +34,7 @@ def checked(
     dropout: float,
     seed: Tensor | int | None,
 ) -> EditProblem:
-    """Checks every operand; R, W, b and c as they are given."""
+    """Checks every operand and makes a problem of them; R, W, b and c as they are given."""
     _check_tensor("h", h, _FLOATS)
     _check_tensor("R", R, _FLOATS)
     shape, weights = h.shape, R.shape  # each look at a tensor's shape makes one
