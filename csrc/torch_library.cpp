@@ -1,0 +1,80 @@
+// The native ops for torch, by its stable ABI: one binary for every supported torch, with or without CUDA,
+// and for every Python. Their schemas are in reft_kernels/backends/native.py.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+
+#include "edit_operands.h"
+#include "reft_kernels/launch.h"
+
+#if REFT_KERNELS_WITH_CUDA
+// Lives in libtorch_cuda, which a torch for CPUs does not have: weak, so that the library loads there too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+#endif
+
+namespace reft_kernels {
+namespace {
+
+void in_torchs_pool(int64_t count, const std::function<void(int64_t, int64_t)>& work) {
+  torch::stable::parallel_for(0, count, 1, work);
+}
+
+struct OnCpu {
+  static void launch(const EditForwardParams& params, int) { cpu::edit_forward(params, in_torchs_pool); }
+  static void launch(const EditBackwardParams& params, int) { cpu::edit_backward(params, in_torchs_pool); }
+};
+
+#if REFT_KERNELS_WITH_CUDA
+
+struct OnCuda {
+  static void* stream_of(int device) {
+    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream, "reft_kernels: this torch has no CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return stream;
+  }
+  static void check(const std::string& error) { STD_TORCH_CHECK(error.empty(), "reft_kernels: ", error); }
+
+  static void launch(const EditForwardParams& params, int device) {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check(cuda::edit_forward(params, device, stream_of(device)));
+  }
+  static void launch(const EditBackwardParams& params, int device) {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check(cuda::edit_backward(params, device, stream_of(device)));
+  }
+};
+
+#endif
+
+// The op of a machine and of a function that makes parameters of tensors, the first of which is on that
+// machine.
+template <typename Machine, auto make_params, typename Function = decltype(make_params)>
+struct Op;
+
+template <typename Machine, auto make_params, typename Params, typename... Arguments>
+struct Op<Machine, make_params, Params (*)(const Tensor&, Arguments...)> {
+  static void run(const Tensor& first, Arguments... others) {
+    Machine::launch(make_params(first, others...), first.get_device_index());
+  }
+};
+
+}  // namespace
+}  // namespace reft_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, library) {
+  using namespace reft_kernels;
+  library.impl("native_edit_forward", TORCH_BOX((&Op<OnCpu, &forward_params>::run)));
+  library.impl("native_edit_backward", TORCH_BOX((&Op<OnCpu, &backward_params>::run)));
+}
+
+#if REFT_KERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CUDA, library) {
+  using namespace reft_kernels;
+  library.impl("native_edit_forward", TORCH_BOX((&Op<OnCuda, &forward_params>::run)));
+  library.impl("native_edit_backward", TORCH_BOX((&Op<OnCuda, &backward_params>::run)));
+}
+#endif
