@@ -20,6 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 
+from reft_kernels import available_backends
+from reft_kernels.backends import cpu
+
 torch.set_num_threads(1)
 
 
@@ -31,12 +34,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps one shard of the tests, where REFT_KERNELS_SHARD is "i/n"; skips those that need a GPU where none is."""
+    """Keeps one shard of the tests, where REFT_KERNELS_SHARD is "i/n"; skips those that need a GPU, or the
+    native library, where there is none."""
     if shard := os.environ.get("REFT_KERNELS_SHARD"):
         index, count = map(int, shard.split("/"))
         others = [item for item in items if zlib.crc32(item.nodeid.encode()) % count != index]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == index]
+    not_built = available_backends()["cpu"]
+    if not_built != "ok":
+        for item in items:
+            values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            if any(value is cpu or (isinstance(value, str) and value == "cpu") for value in values):
+                item.add_marker(pytest.mark.skip(reason=not_built))
     if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0":
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device and TRITON_INTERPRET=0 (make test-gpu)")

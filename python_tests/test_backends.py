@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from reft_kernels import available_backends, edit, explain
-from reft_kernels.backends import eager, registry, triton
+from reft_kernels.backends import cpu, cuda, eager, native, registry, triton
 from reft_kernels.functional import _normalise
 from reft_kernels.problem import Needs
 from reft_kernels.testing import EditCase, poison_empty, random_edit
@@ -23,7 +24,16 @@ def problem(**changes):
 
 
 def test_available_backends_under_the_interpreter() -> None:
-    assert available_backends() == {"triton": "ok", "eager": "ok"}
+    found = available_backends()
+    assert list(found) == ["triton", "cuda", "cpu", "eager"]
+    assert found["triton"] == found["eager"] == "ok"
+
+
+def test_the_native_library_is_built() -> None:
+    """Only where there is nothing to build it with it may be missing: then everything else works without it."""
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    assert available_backends()["cpu"] == "ok"
 
 
 def test_every_backend_has_the_whole_protocol() -> None:
@@ -31,11 +41,11 @@ def test_every_backend_has_the_whole_protocol() -> None:
         assert backend.name == name
         for call in ("unavailable", "unsupported", "edit_forward", "edit_backward"):
             assert callable(getattr(backend, call))
-    assert registry.NAMES == ("auto", "triton", "eager")
+    assert registry.NAMES == ("auto", "triton", "cuda", "cpu", "eager")
 
 
 def test_auto_leaves_the_interpreter_aside() -> None:
-    assert registry.choose("auto", problem()) is eager
+    assert registry.choose("auto", problem()) is (cpu if cpu.unavailable() is None else eager)
     assert registry.choose("triton", problem()) is triton
     assert registry.choose("eager", problem()) is eager
 
@@ -45,9 +55,13 @@ def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         device = torch.device("cuda", 0)
 
     on_gpu = problem()._replace(h=OnGpu())
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(triton, "unsupported", lambda p: None)
     assert registry.choose("auto", on_gpu) is triton
     monkeypatch.setattr(triton, "unsupported", lambda p: "too large")
+    monkeypatch.setattr(cuda, "unsupported", lambda p: None)
+    assert registry.choose("auto", on_gpu) is cuda
+    monkeypatch.setattr(cuda, "unsupported", lambda p: "too large")
     assert registry.choose("auto", on_gpu) is eager
 
 
@@ -55,24 +69,26 @@ def test_one_asked_for_by_name_is_never_replaced(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(triton, "unavailable", lambda: "it is Sunday")
     with pytest.raises(ValueError, match=r"backend='triton' cannot take this edit: it is Sunday"):
         edit(torch.randn(2, 8), torch.randn(2, 8), backend="triton")
-    assert explain(torch.randn(2, 8), torch.randn(2, 8)) == {"triton": "it is Sunday", "eager": "ok"}
+    assert explain(torch.randn(2, 8), torch.randn(2, 8))["triton"] == "it is Sunday"
     assert available_backends()["triton"] == "it is Sunday"
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend: expected one of auto, triton, eager, got 'cuda'"):
-        registry.choose("cuda", problem())
+    with pytest.raises(ValueError, match="backend: expected one of auto, triton, cuda, cpu, eager, got 'tpu'"):
+        registry.choose("tpu", problem())
 
 
 def test_explain_takes_what_edit_takes() -> None:
     o = random_edit(EditCase("noreft_with_c", "gelu", positions="some", groups=2, scale="rows", dropout=0.2))
     said = explain(o.h, **o.keywords(), inplace=True, backend="triton")
-    assert said == {"triton": "ok", "eager": "ok"}
-    assert list(said) == ["triton", "eager"]
+    assert list(said) == ["cpu", "eager", "triton", "cuda"]
+    assert said["eager"] == said["triton"] == "ok"
+    assert said["cpu"] == available_backends()["cpu"]
+    assert said["cuda"] != "ok" or torch.cuda.is_available()
     assert "r=65" in explain(torch.randn(2, 100), torch.randn(65, 100))["triton"]
 
 
-@pytest.mark.parametrize("backend", [eager, triton], ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", [eager, cpu, triton], ids=lambda b: b.name)
 @pytest.mark.parametrize("activation", ["linear", "tanh"])
 @pytest.mark.parametrize("save_rows", [False, True])
 def test_what_the_calls_return(save_rows: bool, activation: str, backend) -> None:
@@ -144,4 +160,34 @@ import reft_kernels
 print(reft_kernels.available_backends())
 reft_kernels.edit(torch.randn(2, 8), torch.randn(2, 8))
 """
-    assert run(code) == "{'triton': 'the package triton is not installed', 'eager': 'ok'}"
+    said = run(code)
+    assert said.startswith("{'triton': 'the package triton is not installed', ")
+    assert said.endswith("'eager': 'ok'}")
+
+
+def test_without_the_native_library_it_is_said_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for path, why in ((tmp_path / "none.so", "is not built"), (Path(__file__), "does not load: .*(header|magic|ELF)")):
+        monkeypatch.setattr(native, "LIBRARY", path)
+        native.load.cache_clear()
+        try:
+            with pytest.raises(ValueError, match=rf"backend='cpu' cannot take this edit: the native library {why}"):
+                edit(torch.randn(2, 8), torch.randn(2, 8), backend="cpu")
+            assert registry.choose("auto", problem()) is eager
+        finally:
+            native.load.cache_clear()
+
+
+def test_kernels_are_compiled_for_these_types_alone() -> None:
+    """What the CUDA backend refuses before it looks at a device."""
+
+    def said(**dtypes: torch.dtype) -> str | None:
+        h, R = torch.zeros(2, 8, dtype=dtypes["h"]), torch.zeros(2, 8, dtype=dtypes["R"])
+        W = torch.zeros(2, 8, dtype=dtypes["W"]) if "W" in dtypes else None
+        return cuda.unsupported_operands(problem(h=h, R=R)._replace(W=W))
+
+    half, wide = torch.bfloat16, torch.float32
+    for taken in ({"h": wide, "R": wide}, {"h": half, "R": half}, {"h": half, "R": wide, "W": half}):
+        assert said(**taken) is None
+    assert said(h=half, R=half, W=wide) == "no kernel was compiled for h of bfloat16, R of bfloat16 and W of float32"
+    assert "float64" in (said(h=torch.float64, R=torch.float64) or "")
+    assert cuda.unsupported_operands(problem(R=torch.zeros(65, 8))) == "takes ranks up to 64, got r=65"

@@ -22,7 +22,7 @@ from reft_kernels.testing import (
     random_edit,
 )
 
-backends = pytest.mark.parametrize("backend", ["eager", "triton"])
+backends = pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
 
 
 def operands(*shape: int, r: int = 3, requires_grad: bool = True) -> tuple[torch.Tensor, ...]:

@@ -24,7 +24,7 @@ from reft_kernels.testing import (
     random_edit,
 )
 
-BACKENDS = ("eager", "triton")
+BACKENDS = ("eager", "cpu", "triton")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 GRAD_LAYOUTS = ("contiguous", "slice", "rows", "transposed", "columns", "expanded", "scalar")
 

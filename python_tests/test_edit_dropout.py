@@ -9,7 +9,7 @@ from reft_kernels import edit
 from reft_kernels.philox import keep_mask
 from reft_kernels.testing import EditCase, assert_bitwise_equal, gradients, random_edit
 
-BACKENDS = ("eager", "triton")
+BACKENDS = ("eager", "cpu", "triton")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 

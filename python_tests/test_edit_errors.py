@@ -177,7 +177,7 @@ def test_explain_does_not_disturb_the_generator() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
 def test_debug_mode_checks_contents(debug, backend: str, changes: dict, words: list[str]) -> None:
     for inplace in (False, True):
         with pytest.raises(ValueError, match=r".") as raised:

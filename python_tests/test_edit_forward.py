@@ -21,7 +21,7 @@ from reft_kernels.testing import (
     random_edit,
 )
 
-BACKENDS = ("eager", "triton")
+BACKENDS = ("eager", "cpu", "triton")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 

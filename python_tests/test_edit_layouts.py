@@ -10,7 +10,7 @@ import torch
 from reft_kernels import edit
 from reft_kernels.testing import LAYOUTS, EditCase, assert_bitwise_equal, gradients, lay_out, random_edit
 
-BACKENDS = ("eager", "triton")
+BACKENDS = ("eager", "cpu", "triton")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 

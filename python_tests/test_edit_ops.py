@@ -18,7 +18,7 @@ from reft_kernels.functional import _normalise
 from reft_kernels.problem import EditProblem
 from reft_kernels.testing import METHODS, EditCase, EditOperands, assert_bitwise_equal, gradients, pairwise, random_edit
 
-backends = pytest.mark.parametrize("backend", ["eager", "triton"])
+backends = pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
 CASES = [
     EditCase(shape=(2, 3), slots=2, d=12, r=2, **row)
     for row in pairwise(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels.autograd import Options, apply_edit, saves_through_hooks
-from reft_kernels.backends.registry import BACKENDS, NAMES, availability, refusal
+from reft_kernels.backends.registry import BACKENDS, NAMES, availability, order, refusal
 from reft_kernels.operands import check_contents, check_layout, check_writable, checked
 from reft_kernels.operands import normalise as _normalise
 from reft_kernels.ops import edit_in_place, run_forward
@@ -86,8 +86,8 @@ def edit(
             DistributedDataParallel's, do not fire. Leaves with hooks of their own, leaves that the backward at hand
             does not accumulate into (``torch.autograd.grad``, ``inputs=``) and every other tensor get their gradient
             as usual. Call the backward from the forward's stream. Not under ``torch.compile``.
-        backend: one of auto, triton, eager. ``auto`` takes the first that can, see :func:`explain`; one asked for
-            by name is never replaced by another.
+        backend: one of auto, triton, cuda, cpu, eager. ``auto`` takes the first that can, see :func:`explain`; one
+            asked for by name is never replaced by another.
 
     Returns:
         The shape and dtype of h. Rows not named are those of h, bit for bit.
@@ -200,14 +200,14 @@ def explain(
     accumulate: bool = False,
     backend: str = "auto",
 ) -> dict[str, str]:
-    """For each backend, in the order in which ``auto`` tries them: ``"ok"``, or why it would not take this edit.
+    """For each backend, in the order in which ``auto`` tries them here: ``"ok"``, or why it would not take this edit.
 
     Arguments as :func:`edit`; how it is carried out (``inplace``, ``rebuild``, ``accumulate``, ``backend``) makes no
     difference.
     """
     seed = 0 if seed is None else seed  # asking draws nothing
     problem = _normalise(h, R, W, b, c, positions, group, scale, subtract, activation, dropout, seed)
-    return {name: refusal(candidate, problem) or "ok" for name, candidate in BACKENDS.items()}
+    return {name: refusal(BACKENDS[name], problem) or "ok" for name in order(problem)}
 
 
 def available_backends() -> dict[str, str]:
