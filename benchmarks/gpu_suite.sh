@@ -5,15 +5,17 @@
 #
 # OUT is the folder for results, benchmarks/results/gpu by default; every piece writes its output to OUT/PIECE.txt, and
 # timings and ceilings write their files as they go, so that a piece that is cut off loses nothing that came before.
-# Pieces, in the order in which they run: build tests ceilings timings sanitizer plots. GPU_SUITE_ONLY and PYTHON
+# Pieces, in the order in which they run: build native tests ceilings timings sanitizer plots. GPU_SUITE_ONLY and PYTHON
 # (python3) may be set instead. Needs only torch, Triton and pytest, and what Triton compiles its launchers with: a C
-# compiler (CC, gcc or clang) and Python.h. Tests run in parallel: by pytest-xdist, or where that is not installed in
+# compiler (CC, gcc or clang) and Python.h. `native` builds the CUDA C++ kernels for this GPU, which takes nvcc, cmake
+# and pybind11 as well; a library with CUDA kernels that lies there already (REFT_KERNELS_FORCE_CUDA_BUILD=1
+# TORCH_CUDA_ARCH_LIST=9.0a python setup.py build_ext --inplace, on any machine) is taken as it is. Tests run in parallel: by pytest-xdist, or where that is not installed in
 # processes started here, which write to OUT/tests.N.txt. Exit status 1 if a piece failed or had no time.
 # shellcheck disable=SC2317,SC2329 # the functions of the pieces are called through `bash -c`
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-pieces=(build tests ceilings timings sanitizer plots)
+pieces=(build native tests ceilings timings sanitizer plots)
 out=benchmarks/results/gpu
 only=${GPU_SUITE_ONLY:-}
 limit=530
@@ -101,6 +103,30 @@ build() {
   echo "for $arch"
   "$python" -m benchmarks.aot --quick --arch "$arch" --out "$out/triton_resources.csv"
 }
+native() {
+  local reason
+  reason=$("$python" -c 'import reft_kernels; print(reft_kernels.available_backends()["cuda"])')
+  if [[ $reason != ok ]]; then
+    echo "backend cuda: $reason"
+    TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
+    [[ $TORCH_CUDA_ARCH_LIST =~ ^(9|10|12)\.0$ ]] && TORCH_CUDA_ARCH_LIST+=a
+    export TORCH_CUDA_ARCH_LIST REFT_KERNELS_FORCE_CUDA_BUILD=1
+    "$python" setup.py --quiet build_ext --inplace || return
+  fi
+  "$python" - <<'PY'
+import sys
+import reft_kernels
+
+try:
+    from reft_kernels import _native
+except ImportError as error:
+    print("no build information:", error)
+else:
+    print(_native.build_info())
+print(reft_kernels.available_backends())
+sys.exit(reft_kernels.available_backends()["cuda"] != "ok")
+PY
+}
 # pytest_within SECONDS ARGUMENTS...: the tests of the GPU, in the group of processes that the limit of the piece ends.
 pytest_within() {
   local seconds=$1
@@ -155,7 +181,7 @@ plots() {
   "$python" -m benchmarks.run --suite ops --device cuda --out "$out" --only plots
 }
 
-declare -A seconds_of=([build]=60 [tests]=180 [ceilings]=30 [timings]=165 [sanitizer]=75 [plots]=20)
+declare -A seconds_of=([build]=45 [native]=60 [tests]=160 [ceilings]=25 [timings]=150 [sanitizer]=75 [plots]=15)
 names=() results=() spent=()
 note() { names+=("$1") results+=("$2") spent+=("$3"); }
 
@@ -179,7 +205,7 @@ run() {
 
 sanitizer_program=$(sanitizer_path)
 export out python sanitizer_program
-export -f arch build pytest_within tests ceilings timings sanitizer plots
+export -f arch build native pytest_within tests ceilings timings sanitizer plots
 
 device 2>&1 | tee "$out/device.txt"
 has_gpu=$((PIPESTATUS[0] == 0))

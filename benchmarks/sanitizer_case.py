@@ -1,4 +1,4 @@
-"""A few small edits, forward and backward by the Triton backend: what compute-sanitizer watches.
+"""A few small edits, forward and backward by the backends for GPUs: what compute-sanitizer watches.
 
     compute-sanitizer --tool memcheck python -m benchmarks.sanitizer_case
 
@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from reft_kernels import available_backends
 from reft_kernels.testing import (
     EditCase,
     EditOperands,
@@ -67,9 +68,14 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)
         return 2
-    for seed, case in enumerate(CASES):
-        compare(case, seed, "triton", "cuda")
-        print(f"ok {case}", flush=True)
+    for backend in ("triton", "cuda"):
+        reason = available_backends()[backend]
+        if reason != "ok":
+            print(f"left out: {backend}: {reason}", flush=True)
+            continue
+        for seed, case in enumerate(CASES):
+            compare(case, seed, backend, "cuda")
+            print(f"ok {backend} {case}", flush=True)
     torch.cuda.synchronize()
     return 0
 
