@@ -22,7 +22,8 @@ def unavailable() -> str | None:
     if why_not is not None:
         return why_not
     if not native.has_kernels_for("CUDA"):
-        return "the native library was built without CUDA (pip install prints why)"
+        why = native.build_info().get("cuda_reason")
+        return "the native library was built without CUDA" + (f": {why}" if why else "")
     if torch.version.cuda is None:
         return f"this torch, {torch.__version__}, has no CUDA"
     if not torch.cuda.is_available():

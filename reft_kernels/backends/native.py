@@ -54,12 +54,22 @@ _library = define("reft_kernels")
 def load() -> str | None:
     """Loads the library, once; why it cannot be, or None."""
     if not LIBRARY.is_file():
-        return "the native library is not built (pip install prints why, where it leaves it out)"
+        return "the native library is not built (pip install -v prints why)"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the native library does not load: {error.__cause__ or error}"
     return None
+
+
+def build_info() -> dict[str, str]:
+    """How the native library was built: compiler, flags, versions, CUDA architectures; empty if it was not."""
+    try:
+        from reft_kernels import _native
+    except ImportError:
+        return {}
+    info: dict[str, str] = _native.build_info()
+    return info
 
 
 def has_kernels_for(device: str) -> bool:

@@ -19,14 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """Versions (None where a package is missing), devices and their launch configurations, backends.
+    """Versions (None where a package is missing), devices and their launch configurations, backends, the native build.
 
     Of a backend "ok" or a reason; of a GPU the tables that its launch configurations come from, or what is wrong with
-    them.
+    them; of the native library compilers, flags, CUDA architectures (empty where it is not built).
     """
     import torch
 
     import reft_kernels
+    from reft_kernels.backends import native
     from reft_kernels.functional import available_backends
     from reft_kernels.triton import config_tables, launch_configs
 
@@ -53,6 +54,7 @@ def collect() -> dict[str, Any]:
         "devices": devices,
         "backends": available_backends(),
         "launch_configs": configs,
+        "native": native.build_info(),
     }
 
 
@@ -70,3 +72,6 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{'backend':14}{name}: {reason}")
     for name, source in found["launch_configs"].items():
         print(f"{'configs':14}{name}: {source}")
+    for name, value in found["native"].items():
+        if value:
+            print(f"{'native':14}{name}: {value}")

@@ -1,0 +1,45 @@
+"""How the native library was built, and how it would launch an edit on a GPU."""
+
+from typing import Any
+
+def build_info() -> dict[str, str]: ...
+def plan_edit_forward(
+    *,
+    batch: int,
+    length: int,
+    slots: int | None = None,
+    d: int,
+    r: int,
+    groups: int = 1,
+    h: str = "bfloat16",
+    R: str = "float32",
+    W: str | None = "float32",
+    activation: str = "linear",
+    subtract: bool = True,
+    dropout: bool = False,
+    aligned: bool = True,
+    capability: int = 90,
+    multiprocessors: int = 132,
+    shared_bytes: int = ...,
+    l2_bytes: int = ...,
+) -> dict[str, Any]: ...
+def plan_edit_backward(
+    *,
+    batch: int,
+    length: int,
+    slots: int | None = None,
+    d: int,
+    r: int,
+    groups: int = 1,
+    h: str = "bfloat16",
+    R: str = "float32",
+    W: str | None = "float32",
+    activation: str = "linear",
+    subtract: bool = True,
+    dropout: bool = False,
+    aligned: bool = True,
+    capability: int = 90,
+    multiprocessors: int = 132,
+    shared_bytes: int = ...,
+    l2_bytes: int = ...,
+) -> dict[str, Any]: ...
