@@ -3,7 +3,7 @@
 What is built follows from what is there, and the build says so. Environment variables:
 
     REFT_KERNELS_SKIP_CUDA_BUILD=1   leave the CUDA kernels out
-    REFT_KERNELS_FORCE_CUDA_BUILD=1  build them although the installed torch has no CUDA, and fail without nvcc
+    REFT_KERNELS_FORCE_CUDA_BUILD=1  build them although the installed torch has no CUDA, and fail where they cannot be
     TORCH_CUDA_ARCH_LIST             architectures instead of the usual ones, as for torch: "8.0;9.0a;12.0+PTX"
     CUDA_HOME, CUDA_PATH             where the CUDA toolkit is
     MAX_JOBS                         compilers at once; by default as many as cores and free memory allow
@@ -24,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 OPS_LIBRARY = "libreft_kernels_ops.so"
+OLDEST_MAJOR = 8  # compute capability
 # Of one compiler: nvcc's on the largest source, all architectures, one after another.
 BYTES_OF_COMPILER = 3 << 30
 
@@ -92,6 +93,10 @@ def architectures(listed: str) -> str:
             raise SystemExit(
                 f"reft_kernels: TORCH_CUDA_ARCH_LIST: expected entries like 9.0a or 12.0+PTX, got {entry!r}"
             )
+        if int(match[1]) < OLDEST_MAJOR:
+            raise SystemExit(
+                f"reft_kernels: TORCH_CUDA_ARCH_LIST: the CUDA kernels need {OLDEST_MAJOR}.0 or newer, got {entry!r}"
+            )
         name = match[1] + match[2]
         found += [f"{name}-real", *([f"{name}-virtual"] if match[3] else [])]
     return ";".join(found)
@@ -99,8 +104,11 @@ def architectures(listed: str) -> str:
 
 def jobs() -> int:
     """How many compilers to run at once."""
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+    wanted = os.environ.get("MAX_JOBS")
+    if wanted:
+        if not wanted.isdecimal():
+            raise SystemExit(f"reft_kernels: MAX_JOBS: expected a number, got {wanted!r}")
+        return max(1, int(wanted))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -128,6 +136,8 @@ class BuildNative(build_ext):
     def run(self) -> None:
         missing = missing_tools()
         if missing is not None:
+            if is_set("REFT_KERNELS_FORCE_CUDA_BUILD"):
+                raise SystemExit(f"reft_kernels: REFT_KERNELS_FORCE_CUDA_BUILD is set, but {missing} is missing")
             say(f"NOT building the native kernels: {missing} is missing. Triton and plain torch do without them.")
             self.extensions = []
             return
@@ -136,10 +146,10 @@ class BuildNative(build_ext):
         say("building the CPU kernels")
         options = ["-DREFT_KERNELS_CUDA=OFF", f"-DREFT_KERNELS_CUDA_REASON={reason}"]
         if reason is None:
-            options = ["-DREFT_KERNELS_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={toolkit}/bin/nvcc"]
             listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
-            if listed:
-                options.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures(listed)}")
+            # Without a list, what an earlier build in the same folder had is forgotten.
+            named = f"-DCMAKE_CUDA_ARCHITECTURES={architectures(listed)}" if listed else "-UCMAKE_CUDA_ARCHITECTURES"
+            options = ["-DREFT_KERNELS_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={toolkit}/bin/nvcc", named]
             say(f"building the CUDA kernels with {toolkit} for {listed or 'the usual architectures'}")
         else:
             say(f"NOT building the CUDA kernels: {reason}")
@@ -160,7 +170,9 @@ class BuildNative(build_ext):
             [cmake, "--install", str(build), "--prefix", str(installed), "--strip"],
         )  # fmt: skip
         for command in commands:
-            subprocess.run(command, check=True)
+            status = subprocess.run(command).returncode
+            if status:
+                raise SystemExit(f"reft_kernels: {' '.join(command)} failed with exit status {status}")
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         for file in (installed / "reft_kernels").iterdir():
             # Replaced as a whole: a running process may have the old one mapped.
