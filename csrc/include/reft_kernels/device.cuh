@@ -192,6 +192,17 @@ REFT_DEVICE void bulk_wait(uint64_t* barrier, unsigned parity) {
       : "memory");
 }
 
+#else  // so that what is never launched there compiles
+
+REFT_DEVICE unsigned cluster_rank() { return 0; }
+REFT_DEVICE void cluster_arrive() {}
+REFT_DEVICE void cluster_wait() {}
+REFT_DEVICE void cluster_store(float*, unsigned, float) {}
+REFT_DEVICE void bulk_barrier_init(uint64_t*) {}
+REFT_DEVICE void bulk_expect(uint64_t*, unsigned) {}
+REFT_DEVICE void bulk_copy(void*, const void*, unsigned, uint64_t*) {}
+REFT_DEVICE void bulk_wait(uint64_t*, unsigned) {}
+
 #endif
 
 // --- a barrier of the whole grid, which must be launched cooperatively. The word keeps its state but for the

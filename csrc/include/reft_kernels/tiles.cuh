@@ -1,4 +1,5 @@
-// Device code that the edit's kernels share: elements as floats, the rows that slots name, sums over a warp, dropout.
+// Device code that the edit's kernels share: elements as floats, the rows that slots name, sums over a warp,
+// dropout.
 #pragma once
 
 #include <type_traits>
@@ -11,9 +12,15 @@ namespace reft_kernels {
 
 // --- elements
 
-REFT_DEVICE float to_float(float x) { return x; }
-REFT_DEVICE float to_float(BFloat16 x) { return __bfloat162float(x); }
-REFT_DEVICE float to_float(Float16 x) { return __half2float(x); }
+REFT_DEVICE float to_float(float x) {
+  return x;
+}
+REFT_DEVICE float to_float(BFloat16 x) {
+  return __bfloat162float(x);
+}
+REFT_DEVICE float to_float(Float16 x) {
+  return __half2float(x);
+}
 
 // Rounds to nearest even.
 template <typename T>
@@ -71,7 +78,8 @@ REFT_DEVICE void unpack_words(const uint32_t (&word)[kWords], float (&to)[kCount
   }
 }
 
-// Consecutive elements as floats: one at any address, or 8 or a multiple of 16 bytes, aligned as far as 16 bytes.
+// Consecutive elements as floats: one at any address, or 8 or a multiple of 16 bytes, aligned as far as 16
+// bytes.
 template <int kCount, typename T>
 REFT_DEVICE void load_floats(const T* from, float (&to)[kCount]) {
   if constexpr (kCount == 1) {
@@ -167,7 +175,8 @@ REFT_DEVICE Slot find_slot(const Edit& edit, int64_t n) {
     const SlotTensor& t = edit.group;
     slot.group = integer_at(t.data, t.type, slot.batch * t.stride[0] + i * t.stride[1]);
   }
-  slot.live = slot.position >= 0 && slot.position < edit.length && slot.group >= 0 && slot.group < edit.groups;
+  slot.live =
+      slot.position >= 0 && slot.position < edit.length && slot.group >= 0 && slot.group < edit.groups;
   slot.scale = slot.live ? 1.0f : 0.0f;
   if (slot.live && edit.scale.data) {
     const SlotTensor& t = edit.scale;
@@ -210,9 +219,9 @@ REFT_DEVICE void fold_over_lanes(float (&value)[kSize], int lane) {
   }
 }
 
-// Sums the first kCount values, a power of two up to 32, each over the lanes of the warp. Lane l then has in value[0]
-// the sum of value number l * kCount / 32. With every exchange the values that a lane still cares for are halved, so
-// that 32 sums cost 31 shuffles and not 160.
+// Sums the first kCount values, a power of two up to 32, each over the lanes of the warp. Lane l then has in
+// value[0] the sum of value number l * kCount / 32. With every exchange the values that a lane still cares
+// for are halved, so that 32 sums cost 31 shuffles and not 160.
 template <int kCount, int kSize>
 REFT_DEVICE void sum_over_lanes(float (&value)[kSize], int lane) {
   static_assert(kCount <= 32 && kCount <= kSize && (kCount & (kCount - 1)) == 0);
@@ -221,7 +230,8 @@ REFT_DEVICE void sum_over_lanes(float (&value)[kSize], int lane) {
 
 // --- dropout
 
-// D_p of consecutive elements of row `row` of h, counted over its batches, from `column`: one, or a multiple of 4.
+// D_p of consecutive elements of row `row` of h, counted over its batches, from `column`: one, or a multiple
+// of 4.
 template <int kCount>
 REFT_DEVICE void drop_elements(const Edit& edit, int64_t row, int64_t column, float (&value)[kCount]) {
   const uint64_t seed = static_cast<uint64_t>(*edit.seed);
@@ -229,13 +239,17 @@ REFT_DEVICE void drop_elements(const Edit& edit, int64_t row, int64_t column, fl
   if constexpr (kCount == 1) {
     const PhiloxBlock block = philox(seed, static_cast<uint64_t>(row), static_cast<uint32_t>(column >> 2));
     const int j = static_cast<int>(column & 3);
-    const uint32_t word = j == 0 ? block.word[0] : j == 1 ? block.word[1] : j == 2 ? block.word[2] : block.word[3];
+    const uint32_t word = j == 0   ? block.word[0]
+                          : j == 1 ? block.word[1]
+                          : j == 2 ? block.word[2]
+                                   : block.word[3];
     value[0] = (word >> 1) >= edit.keep_threshold ? value[0] * keep_scale : 0.0f;
   } else {
     static_assert(kCount % 4 == 0);
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      const PhiloxBlock block = philox(seed, static_cast<uint64_t>(row), static_cast<uint32_t>((column + i) >> 2));
+      const PhiloxBlock block =
+          philox(seed, static_cast<uint64_t>(row), static_cast<uint32_t>((column + i) >> 2));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         value[i + j] = (block.word[j] >> 1) >= edit.keep_threshold ? value[i + j] * keep_scale : 0.0f;
@@ -246,8 +260,8 @@ REFT_DEVICE void drop_elements(const Edit& edit, int64_t row, int64_t column, fl
 
 // --- floats as sums of bfloat16, for the tensor cores
 
-// Takes from each of two floats the part that a bfloat16 holds, and returns both parts in one word. Cut off, not
-// rounded: three parts in a row are the whole float, and none overflows.
+// Takes from each of two floats the part that a bfloat16 holds, and returns both parts in one word. Cut off,
+// not rounded: three parts in a row are the whole float, and none overflows.
 REFT_DEVICE uint32_t take_bfloat16_pair(float& low, float& high) {
   const uint32_t a = __float_as_uint(low), b = __float_as_uint(high) & 0xffff0000u;
   low -= __uint_as_float(a & 0xffff0000u);

@@ -1,0 +1,7 @@
+#include "edit_forward_launch.cuh"
+
+namespace reft_kernels::cuda {
+
+template std::string launch_edit_forward<Float16>(const EditForwardParams&, const Plan&, int, void*);
+
+}  // namespace reft_kernels::cuda

@@ -1,0 +1,190 @@
+// Chooses the forward kernel and its tile.
+//
+// All weights are read by every tile, from L2: that traffic, not the rows' own, bounds all but the largest
+// launches, so that tiles should be tall; but tall tiles are few, and leave multiprocessors idle unless a
+// cluster shares each. What is best follows from a count of the bytes and multiplications, which the
+// candidates are compared by.
+#include <algorithm>
+#include <cmath>
+
+#include "reft_kernels/edit_forward_tile.h"
+#include "reft_kernels/edit_plan.h"
+
+namespace reft_kernels {
+namespace {
+
+// Per cycle and multiprocessor, of an H100; only their proportions matter.
+constexpr double kL1Bytes = 64;
+constexpr double kL2Bytes = 25;
+constexpr double kMemoryBytes = 13;
+constexpr double kFmas = 128;
+constexpr double kMmaFmas = 512;
+constexpr double kSplitWords = 10;      // of two weights each, into bfloat16 parts
+constexpr double kClusterCycles = 500;  // to exchange sums
+
+std::string name_of(DType type) {
+  switch (type) {
+    case DType::kFloat16:
+      return "float16";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat64:
+      return "float64";
+    case DType::kBFloat16:
+      return "bfloat16";
+    default:
+      return "type " + std::to_string(static_cast<int>(type));
+  }
+}
+
+std::string refusal_of(const Edit& e, const Device& device) {
+  if (device.capability < 80) {
+    return "needs compute capability 8.0 or newer, the device has " + std::to_string(device.capability / 10) +
+           "." + std::to_string(device.capability % 10);
+  }
+  if (e.r < 1 || e.r > kMaxForwardRank) return "takes ranks 1 to 64, got " + std::to_string(e.r);
+  if (e.d > INT32_MAX / 2) return "takes rows shorter than 2^30, got " + std::to_string(e.d);
+  const bool h_taken = e.h_type == DType::kFloat32 || is_half(e.h_type);
+  const auto is_float_or_h = [&e](DType type) { return type == DType::kFloat32 || type == e.h_type; };
+  const bool W_taken =
+      !e.W.data || e.W.type == e.R.type || (e.R.type == DType::kFloat32 && is_float_or_h(e.W.type));
+  if (!h_taken || e.accumulator != DType::kFloat32 || !is_float_or_h(e.R.type) || !W_taken) {
+    return "takes h in float32, bfloat16 or float16 with R and W in float32 or both in the type of h, or R "
+           "in float32 "
+           "and W in the type of h; got h " +
+           name_of(e.h_type) + ", R " + name_of(e.R.type) + (e.W.data ? ", W " + name_of(e.W.type) : "");
+  }
+  for (const Weight* bias : {&e.b, &e.c}) {
+    if (bias->data && bias->type != DType::kFloat32 && !is_half(bias->type)) {
+      return "takes b and c in float32, bfloat16 or float16, got " + name_of(bias->type);
+    }
+  }
+  return "";
+}
+
+// Cycles that a plan takes, were memory and arithmetic all it did.
+double cycles_of(const EditForwardParams& params, const Device& device, const Plan& plan, bool staged) {
+  const Edit& e = params.edit;
+  const bool mma = plan.kernel == Kernel::kForwardMma;
+  const double size = bytes_of(e.h_type), N = static_cast<double>(e.rows()), d = static_cast<double>(e.d);
+  const double columns = d / plan.cluster, sms = device.multiprocessors;
+  const double weights = columns * e.r;
+  const bool reads_W = e.W.data, reads_R = e.subtract;
+  const double weight_bytes =
+      weights * ((reads_W ? bytes_of(e.W.type) : 0) + (reads_R ? 2 : 1) * bytes_of(e.R.type));
+  const double block_bytes =
+      weight_bytes + plan.tile_rows * columns * size * ((staged ? 2 : 3) + (params.rows ? 1 : 0));
+  const double products = products_of(e.linear()) + 1;
+  double block_cycles = plan.tile_rows * weights * products / kFmas;
+  if (mma) {
+    // A weight in float32 is three parts in the sums and two, with two of u, when they are applied.
+    const double parts = e.R.type == DType::kFloat32 ? 3 : 2;
+    const double padded = columns * plan.rank_tile;
+    block_cycles =
+        plan.tile_rows * padded * products * parts / kMmaFmas + padded / 2 * products * kSplitWords / kFmas;
+  }
+  const double waves = std::ceil(static_cast<double>(plan.blocks) / sms);
+  const double memory = N * d * size * 2 / (kMemoryBytes * sms);
+  const double l2 = static_cast<double>(plan.blocks) * block_bytes / (kL2Bytes * sms);
+  return std::max({memory, l2, waves * block_bytes / kL1Bytes, waves * block_cycles}) +
+         (plan.cluster > 1 ? kClusterCycles : 0);
+}
+
+class Chooser {
+ public:
+  Chooser(const EditForwardParams& params, const Device& device)
+      : params_(params), device_(device), vectors_(forward_vectors(params)) {}
+
+  // Takes the candidate if it fits the device and beats those before.
+  void offer(Kernel kernel, int tile_rows, int rank_tile, int cluster) {
+    const Edit& e = params_.edit;
+    Plan plan;
+    plan.kernel = kernel;
+    plan.tile_rows = tile_rows;
+    plan.rank_tile = rank_tile;
+    plan.cluster = cluster;
+    plan.blocks = (e.rows() + tile_rows - 1) / tile_rows * cluster;
+    plan.threads = threads_for(slice_columns(e.d, cluster), kernel);
+    if (plan.blocks > INT32_MAX) return;
+    bool staged = vectors_;
+    plan.shared_bytes = shared_bytes(plan, staged);
+    if (staged && plan.shared_bytes > device_.shared_bytes) {
+      // Rows that do not fit are read from L2 a second time. Blocks of the cluster kernel have no such way.
+      if (kernel == Kernel::kForwardCluster) return;
+      staged = false;
+      plan.shared_bytes = shared_bytes(plan, false);
+    }
+    if (plan.shared_bytes > device_.shared_bytes) return;
+    const double cycles = cycles_of(params_, device_, plan, staged);
+    if (found_ && cycles >= cycles_) return;
+    found_ = true;
+    cycles_ = cycles;
+    best_ = plan;
+  }
+
+  const Plan& best() const { return best_; }
+  bool vectors() const { return vectors_; }
+
+ private:
+  int shared_bytes(const Plan& plan, bool staged) const {
+    return static_cast<int>(std::min<int64_t>(forward_shared(params_.edit, plan, staged).total, INT32_MAX));
+  }
+
+  // As many as the block's columns keep busy.
+  int threads_for(int64_t columns, Kernel kernel) const {
+    const int64_t at_once = kernel == Kernel::kForwardMma ? 1
+                            : vectors_                    ? 16 / bytes_of(params_.edit.h_type)
+                                                          : 1;
+    return static_cast<int>(std::clamp<int64_t>(round_up(columns / at_once, 32), 64, 256));
+  }
+
+  const EditForwardParams& params_;
+  const Device& device_;
+  const bool vectors_;
+  bool found_ = false;
+  double cycles_ = 0;
+  Plan best_;
+};
+
+}  // namespace
+
+const char* name_of(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::kForwardRows:
+      return "forward_rows";
+    case Kernel::kForwardCluster:
+      return "forward_cluster";
+    case Kernel::kForwardMma:
+      return "forward_mma";
+    case Kernel::kBackwardRows:
+      return "backward_rows";
+    case Kernel::kBackwardMma:
+      return "backward_mma";
+  }
+  return "";
+}
+
+Plan plan_edit_forward(const EditForwardParams& params, const Device& device) {
+  const Edit& e = params.edit;
+  Plan refused;
+  refused.blocks = 0;
+  refused.refusal = refusal_of(e, device);
+  if (!refused.refusal.empty() || e.rows() == 0) return refused;
+
+  Chooser chooser(params, device);
+  const bool multiplies = e.W.data || e.subtract;
+  const bool clusters = device.capability >= 90 && chooser.vectors() && multiplies && e.d >= 512;
+  for (int rows = 1; rows <= 8; rows *= 2) {
+    const int rank_tile = !e.linear() ? 4 : e.r == 1 ? 1 : e.r <= 4 || rows == 8 ? 4 : 8;
+    if (rows > max_tile_rows(e.linear(), rank_tile)) break;
+    chooser.offer(Kernel::kForwardRows, rows, rank_tile, 1);
+    for (int cluster = 2; clusters && cluster <= 8; cluster *= 2) {
+      chooser.offer(Kernel::kForwardCluster, rows, rank_tile == 1 ? 4 : rank_tile, cluster);
+    }
+  }
+  Plan plan = chooser.best();
+  if (plan.blocks < 1 || plan.shared_bytes == 0) plan.refusal = "takes fewer rows";
+  return plan;
+}
+
+}  // namespace reft_kernels
