@@ -1,0 +1,219 @@
+"""Builds and loads the CUDA kernels of csrc for the CPU (python_tests/native), and the ops that run them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reft_kernels.backends import native
+
+HERE = Path(__file__).parent / "native"
+CSRC = HERE.parents[1] / "csrc"
+NAMESPACE = "reft_kernels_on_cpu"
+
+_COMMON = ["-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-DREFT_KERNELS_ON_CPU"]
+_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+# Has the compiler report every access of a kernel to the machine, which has ThreadSanitizer's functions for that.
+_REPORT_ACCESSES = ["-fsanitize=thread"]
+
+
+@functools.cache
+def compiler() -> str:
+    """g++, or the reason to skip what needs it."""
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("needs g++ (Debian: package g++)")
+    return found
+
+
+def _ninja() -> str:
+    beside = Path(sys.executable).parent / "ninja"
+    found = str(beside) if beside.exists() else shutil.which("ninja")
+    if found is None:
+        pytest.skip("needs ninja (pip install ninja)")
+    return found
+
+
+def build(name: str, sources: Sequence[str], *, sanitize: bool = False, csrc: Path = CSRC) -> Path:
+    """A shared library of kernels (.cu) and host code, by which the machine's is loaded as well.
+
+    Args:
+        name: of the library.
+        sources: files of ``csrc`` or, if there are none of that name, of python_tests/native.
+        sanitize: with AddressSanitizer and UBSan; then races are not looked for.
+        csrc: the folder of the sources, to build a changed copy.
+
+    Each is built once on a machine, whichever process comes first, and again in parts when sources change.
+    """
+    torch_root = Path(torch.__file__).parent
+    headers = [f"-I{HERE}", f"-I{HERE / 'cuda_runtime'}", f"-I{csrc / 'include'}", f"-I{csrc}"]
+    common = [*_COMMON, *headers, *(_SANITIZE if sanitize else [])]
+    rule = (
+        "rule compile\n  command = $compiler -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+        "rule link\n  command = $compiler -shared $in -o $out $flags\n"
+    )
+    lines = ["ninja_required_version = 1.5", f"compiler = {compiler()}", rule]
+
+    def compiled(path: Path, *flags: str) -> str:
+        out = f"{path.name}.o"
+        if not any(line.startswith(f"build {out}:") for line in lines):
+            lines.append(f"build {out}: compile {path}\n  flags = {' '.join([*common, *flags])}")
+        return out
+
+    machine = [compiled(HERE / file, "-std=c++17", "-O2") for file in ("machine.cpp", "races.cpp", "fiber.cpp")]
+    link = " ".join(_SANITIZE if sanitize else [])
+    # Templates that both libraries have are each its own: those of the kernels report their accesses.
+    lines.append(f"build libmachine.so: link {' '.join(machine)}\n  flags = {link} -Wl,-Bsymbolic -Wl,-z,defs -ldl")
+    objects = []
+    for file in sources:
+        path = csrc / file if (csrc / file).exists() else HERE / file
+        if path.suffix == ".cu":
+            flags = ["-std=c++17", "-Wno-unknown-pragmas", "-x c++", *([] if sanitize else _REPORT_ACCESSES)]
+        elif file == "ops_on_cpu.cpp":
+            flags = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem {torch_root / 'include'}"]
+        else:
+            flags = ["-std=c++17"]
+        if file.endswith("_plan.cpp"):  # other plans stand in their place
+            flags += [f"-Dplan_edit_{way}=planned_edit_{way}" for way in ("forward", "backward")]
+        objects.append(compiled(path, *flags))
+    torch_libraries = (
+        f"-L{torch_root / 'lib'} -Wl,--no-as-needed -ltorch_cpu -lc10" if "ops_on_cpu.cpp" in sources else ""
+    )
+    lines.append(
+        f"build {name}.so: link {' '.join(objects)} | libmachine.so\n"
+        f"  flags = {link} -L. -lmachine -Wl,-rpath,'$$ORIGIN' -Wl,-z,defs {torch_libraries}"
+    )
+    version = subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
+    key = hashlib.sha256("\0".join([*lines, version, str(csrc)]).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / "reft_kernels_native" / f"{name}_{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        run = subprocess.run([_ninja(), "-C", str(folder), f"{name}.so"], capture_output=True, text=True)
+        if run.returncode != 0:
+            raise RuntimeError(f"{name}: {run.stdout[-6000:]}{run.stderr[-2000:]}")
+    return folder / f"{name}.so"
+
+
+_WAYS = [way for way in ("forward", "backward") if (CSRC / "cuda" / f"edit_{way}.cu").exists()]  # TEMPORARY
+KERNEL_SOURCES = [
+    "ops_on_cpu.cpp",
+    *(f"forced_{way}.cpp" for way in _WAYS),
+    *(f"edit_{way}_plan.cpp" for way in _WAYS),
+    *([] if "backward" in _WAYS else ["no_backward.cpp"]),
+    *(f"cuda/{path.name}" for path in sorted((CSRC / "cuda").glob("*.cu"))),
+]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A made-up GPU."""
+
+    capability: int = 90  # 10 * major + minor
+    multiprocessors: int = 3
+    shared_bytes: int = 227 * 1024
+    l2_bytes: int = 50 << 20
+
+
+KERNELS = ("forward_rows", "forward_cluster", "forward_mma", "backward_rows", "backward_mma")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a test asks of the plan; None: as planned. See forced_plans.h."""
+
+    kernel: str | None = None
+    tile_rows: int | None = None
+    rank_tile: int | None = None
+    slab: int | None = None
+    cluster: int | None = None
+    threads: int | None = None
+    blocks: int | None = None
+    chunk: int | None = None
+    staged: bool | None = None
+    shared_bytes: int | None = None
+
+
+class Machine:
+    """The ops of a library of kernels: a backend, whose plans, device and order of threads a test can choose."""
+
+    name = "cuda"
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.on_cpu_launches.restype = ctypes.c_uint64
+        self.library.on_cpu_barrier.restype = ctypes.c_uint32
+        if not hasattr(Machine, "_fragment"):
+            Machine._fragment = native.define(NAMESPACE)
+        torch.ops.load_library(str(library))
+        ops = native.NativeOps(NAMESPACE)
+        self.edit_forward, self.edit_backward = ops.edit_forward, ops.edit_backward
+        self.use(Device())
+
+    def use(self, device: Device = Device()) -> None:
+        """Launches from now on are planned for this device."""
+        self.library.on_cpu_device(
+            device.capability, device.multiprocessors, device.shared_bytes, ctypes.c_int64(device.l2_bytes)
+        )
+
+    def seed(self, seed: int) -> None:
+        """Of the order of the next launch's threads; the launches after it go on from there."""
+        self.library.on_cpu_seed(ctypes.c_uint64(seed))
+
+    @contextlib.contextmanager
+    def forced(self, forward: Wishes | None = None) -> Iterator[None]:
+        """Within the context plans are as wished, as far as the kernels can."""
+        self._force(forward or Wishes())
+        try:
+            yield
+        finally:
+            self._force(Wishes())
+
+    def _force(self, wishes: Wishes) -> None:
+        fields = [KERNELS.index(w) if isinstance(w, str) else -1 if w is None else int(w) for w in astuple(wishes)]
+        self.library.on_cpu_force((ctypes.c_int64 * len(fields))(*fields))
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Of the last launch."""
+        names = ("kernel", "tile_rows", "rank_tile", "slab", "cluster", "threads", "blocks", "chunk", "shared_bytes")
+        fields = (ctypes.c_int64 * len(names))()
+        self.library.on_cpu_last_plan(fields)
+        plan: dict[str, Any] = dict(zip(names, fields, strict=True))
+        return {**plan, "kernel": KERNELS[plan["kernel"]]}
+
+    @property
+    def launches(self) -> int:
+        """Since the library was loaded."""
+        return int(self.library.on_cpu_launches())
+
+    @property
+    def barrier(self) -> int:
+        """The word of the grid barrier, which all launches share."""
+        return int(self.library.on_cpu_barrier())
+
+
+def toy_library(*, sanitize: bool = False) -> ctypes.CDLL:
+    """The kernels of toy_kernels.cu."""
+    library = ctypes.CDLL(str(build("toys", ["toy_kernels.cu"], sanitize=sanitize)))
+    library.run_toy.restype = ctypes.c_char_p
+    library.run_toy.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_uint64]
+    return library
+
+
+__all__ = ["KERNEL_SOURCES", "Device", "Machine", "Wishes", "build", "toy_library"]
