@@ -147,16 +147,20 @@ struct ForwardRows {
     }
   }
 
+  template <int kColumns>
   REFT_DEVICE const H* columns(int m, int j) const {
-    if (kCluster || tile.staged) return stash + m * tile.slice + (j - begin);
-    return row_of<H>(p.h, slots[m]) + j;
+    if constexpr (kColumns > 1) {
+      return stash + m * tile.slice + (j - begin);
+    } else {
+      return row_of<H>(p.h, slots[m]) + j;
+    }
   }
 
   // --- sums
 
   // One group's slots: their products with ranks k0 .. k0 + kRankTile, into `partial`.
   template <int kColumns>
-  REFT_DEVICE void sum_ranks(const TR* R, const TW* W, int k0, unsigned mine) const {
+  REFT_DEVICE void sum_ranks(const TR* R, const TW* W, int k0, unsigned mine, bool& waited) const {
     const int some = e.r - k0;
     float sum[kProducts][kSums];
 #pragma unroll
@@ -182,12 +186,18 @@ struct ForwardRows {
           }
         }
       }
-      wait_for_rows();
+      if (!waited) wait_for_rows();
+      waited = true;
+      Fetched<kColumns, H> fetched[kRows];
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        if (mine >> m & 1) fetched[m] = fetch<kColumns>(columns<kColumns>(m, j));
+      }
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
         if (!(mine >> m & 1)) continue;
         float h[kColumns];
-        load_floats(columns(m, j), h);
+        floats_of<kColumns, H>(fetched[m], h);
 #pragma unroll
         for (int i = 0; i < kProducts; ++i) {
 #pragma unroll
@@ -220,13 +230,14 @@ struct ForwardRows {
 
   template <int kColumns>
   REFT_DEVICE void sum_groups(unsigned live) const {
+    bool waited = false;
     int64_t group = 0;
     for (unsigned left = live, mine; left; left &= ~mine) {
       mine = next_group(left, group);
       const int64_t offset = group * e.r * e.d;
       const TR* R = static_cast<const TR*>(e.R.data) + offset;
       const TW* W = e.W.data ? static_cast<const TW*>(e.W.data) + offset : nullptr;
-      for (int k0 = 0; k0 < e.r; k0 += kRankTile) sum_ranks<kColumns>(R, W, k0, mine);
+      for (int k0 = 0; k0 < e.r; k0 += kRankTile) sum_ranks<kColumns>(R, W, k0, mine, waited);
     }
   }
 
@@ -302,15 +313,18 @@ struct ForwardRows {
         for (int k = 0; k < kRanks; ++k) {
           if (k0 + k < e.r) load_floats(R + static_cast<int64_t>(k0 + k) * e.d + j, weight[k]);
         }
+        float factor[kRows][kRanks];
+#pragma unroll
+        for (int m = 0; m < kRows; ++m) {
+          if (mine >> m & 1) load_floats(u + m * ranks + k0, factor[m]);
+        }
 #pragma unroll
         for (int m = 0; m < kRows; ++m) {
           if (!(mine >> m & 1)) continue;
-          float factor[kRanks];
-          load_floats(u + m * ranks + k0, factor);
 #pragma unroll
           for (int k = 0; k < kRanks; ++k) {
 #pragma unroll
-            for (int c = 0; c < kColumns; ++c) sum[m][c] += factor[k] * weight[k][c];
+            for (int c = 0; c < kColumns; ++c) sum[m][c] += factor[m][k] * weight[k][c];
           }
         }
       }
@@ -323,10 +337,10 @@ struct ForwardRows {
 
   template <int kColumns>
   REFT_DEVICE void store_row(const Slot& slot, int m, int j, float (&y)[kColumns]) const {
-    const H* from = columns(m, j);
+    const Fetched<kColumns, H> fetched = fetch<kColumns>(columns<kColumns>(m, j));
     float h[kColumns];
-    load_floats(from, h);
-    if (p.rows) copy_elements<kColumns>(static_cast<H*>(p.rows) + (first + m) * e.d + j, from);
+    floats_of<kColumns, H>(fetched, h);
+    if (p.rows) store_fetched<kColumns>(static_cast<H*>(p.rows) + (first + m) * e.d + j, fetched);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) y[c] += h[c];
     if (e.seed) drop_elements(e, slot.batch * e.length + slot.position, j, y);
@@ -350,7 +364,7 @@ struct ForwardRows {
       const H* from = row_of<H>(p.h, slots[m]);
       H* to = row_of<H>(p.y, slots[m]);
       for (int j = begin + thread * kColumns; j < end; j += threads * kColumns) {
-        copy_elements<kColumns>(to + j, from + j);
+        store_fetched<kColumns>(to + j, fetch<kColumns>(from + j));
       }
     }
   }
@@ -386,7 +400,7 @@ edit_forward_rows(REFT_GRID_CONSTANT EditForwardParams params, REFT_GRID_CONSTAN
   sync_block();
   const unsigned live = task.live_slots();
   task.stage(live);
-  if (kCluster || tile.vectors) {
+  if (kCluster || tile.staged) {
     task.template run<Rows::kVector>(live, rank);
   } else {
     task.template run<1>(live, rank);

@@ -78,6 +78,29 @@ REFT_DEVICE void unpack_words(const uint32_t (&word)[kWords], float (&to)[kCount
   }
 }
 
+// What an access fetches: one element at any address, or 16 bytes.
+template <int kCount, typename T>
+using Fetched = std::conditional_t<kCount == 1, T, Vector16>;
+
+template <int kCount, typename T>
+REFT_DEVICE Fetched<kCount, T> fetch(const T* from) {
+  if constexpr (kCount == 1) {
+    return *from;
+  } else {
+    static_assert(kCount * sizeof(T) == 16);
+    return load_16(from);
+  }
+}
+
+template <int kCount, typename T>
+REFT_DEVICE void floats_of(const Fetched<kCount, T>& fetched, float (&to)[kCount]) {
+  if constexpr (kCount == 1) {
+    to[0] = to_float(fetched);
+  } else {
+    unpack_words<T>(fetched.word, to, 0);
+  }
+}
+
 // Consecutive elements as floats: one at any address, or 8 or a multiple of 16 bytes, aligned as far as 16
 // bytes.
 template <int kCount, typename T>
@@ -117,14 +140,12 @@ REFT_DEVICE void store_floats(T* to, const float (&from)[kCount]) {
   }
 }
 
-// As many elements from one place to another, bit for bit.
 template <int kCount, typename T>
-REFT_DEVICE void copy_elements(T* to, const T* from) {
+REFT_DEVICE void store_fetched(T* to, const Fetched<kCount, T>& fetched) {
   if constexpr (kCount == 1) {
-    *to = *from;
+    *to = fetched;
   } else {
-    static_assert(kCount * sizeof(T) == 16);
-    store_16(to, load_16(from));
+    store_16(to, fetched);
   }
 }
 
