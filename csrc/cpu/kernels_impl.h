@@ -1,0 +1,390 @@
+// The inner loops of kernels.h, compiled once for every instruction set: the including file names its
+// namespace in REFT_KERNELS_ISA. All but the tables has internal linkage, and nothing of the standard library
+// is instantiated, so that the linker cannot give one instruction set's code to another.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace reft_kernels::cpu::REFT_KERNELS_ISA {
+
+// What a block holds in registers: rows x ranks sums in `down`, rows (or ranks, in `outer`) x vectors of
+// columns else.
+constexpr int kBlockRows = 4;
+constexpr int kBlockRanks = kRegisters == 32 ? 4 : 2;
+constexpr int kBlockVectors = kRegisters == 32 ? 4 : 2;
+
+template <typename S>
+REFT_INLINE const S* at(StripIn strip, int row) {
+  return static_cast<const S*>(strip.row[row]) + strip.column;
+}
+
+template <typename S>
+REFT_INLINE S* at(StripOut strip, int row) {
+  return static_cast<S*>(strip.row[row]) + strip.column;
+}
+
+// Calls `block` with the size, as a type, and the start of pieces of sizes 4, 2 and 1 that make up `count`.
+template <int kSize>
+struct Size {
+  static constexpr int value = kSize;
+};
+
+template <int kLargest, typename Block>
+REFT_INLINE void in_blocks(int count, const Block& block) {
+  int begin = 0;
+  for (; begin + kLargest <= count; begin += kLargest) block(Size<kLargest>(), begin);
+  if constexpr (kLargest > 2) {
+    if (begin + 2 <= count) {
+      block(Size<2>(), begin);
+      begin += 2;
+    }
+  }
+  if constexpr (kLargest > 1) {
+    if (begin < count) block(Size<1>(), begin);
+  }
+}
+
+// --- weights in and gradients out
+
+template <typename T, typename S>
+static void widen_from(const S* from, int64_t count, bool subtract, T* to) {
+  constexpr int kStep = kLanes<T>;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    const Vector<T> v = load<T>(from + i);
+    store<T>(to + i, subtract ? load<T>(to + i) - v : v);
+  }
+  const int rest = static_cast<int>(count - i);
+  if (rest > 0) {
+    const Vector<T> v = load_some<T>(from + i, rest);
+    store_some<T>(to + i, subtract ? load_some<T>(to + i, rest) - v : v, rest);
+  }
+}
+
+template <typename T>
+static void widen(const void* from, DType type, int64_t count, bool subtract, T* to) {
+  switch (type) {
+    case DType::kFloat16:
+      return widen_from(static_cast<const Float16*>(from), count, subtract, to);
+    case DType::kBFloat16:
+      return widen_from(static_cast<const BFloat16*>(from), count, subtract, to);
+    case DType::kFloat64:
+      return widen_from(static_cast<const double*>(from), count, subtract, to);
+    default:
+      return widen_from(static_cast<const float*>(from), count, subtract, to);
+  }
+}
+
+template <typename T, typename S>
+static void narrow_to(const T* from, const T* minus, int64_t count, bool add, S* to) {
+  constexpr int kStep = kLanes<T>;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    Vector<T> v = load<T>(from + i);
+    if (minus != nullptr) v -= load<T>(minus + i);
+    if (add) v += load<T>(to + i);
+    store<T>(to + i, v);
+  }
+  const int rest = static_cast<int>(count - i);
+  if (rest > 0) {
+    Vector<T> v = load_some<T>(from + i, rest);
+    if (minus != nullptr) v -= load_some<T>(minus + i, rest);
+    if (add) v += load_some<T>(to + i, rest);
+    store_some<T>(to + i, v, rest);
+  }
+}
+
+template <typename T>
+static void narrow(const T* from, const T* minus, int64_t count, bool add, void* to, DType type) {
+  switch (type) {
+    case DType::kFloat16:
+      return narrow_to(from, minus, count, add, static_cast<Float16*>(to));
+    case DType::kBFloat16:
+      return narrow_to(from, minus, count, add, static_cast<BFloat16*>(to));
+    case DType::kFloat64:
+      return narrow_to(from, minus, count, add, static_cast<double*>(to));
+    default:
+      return narrow_to(from, minus, count, add, static_cast<float*>(to));
+  }
+}
+
+// --- down: dot products of rows with the panel's ranks
+
+template <typename T, typename S, int kRows, int kRanks>
+REFT_INLINE void down_block(const S* const (&x)[kRows], int columns, const T* panel, int64_t stride, T* sums,
+                            int64_t sums_stride) {
+  constexpr int kStep = kLanes<T>, kSums = kRows * kRanks;
+  Vector<T> sum[kSums] = {};
+  const auto add = [&](const auto& load_x, const auto& load_panel) __attribute__((always_inline)) {
+    Vector<T> a[kRanks];
+    for (int k = 0; k < kRanks; ++k) a[k] = load_panel(panel + k * stride);
+    for (int n = 0; n < kRows; ++n) {
+      const Vector<T> v = load_x(x[n]);
+      for (int k = 0; k < kRanks; ++k) sum[n * kRanks + k] += v * a[k];
+    }
+  };
+  int j = 0;
+  for (; j + kStep <= columns; j += kStep) {
+    const auto whole = [j](const auto* from) __attribute__((always_inline)) { return load<T>(from + j); };
+    add(whole, whole);
+  }
+  if (j < columns) {
+    const auto some = [j, columns](const auto* from)
+                          __attribute__((always_inline)) { return load_some<T>(from + j, columns - j); };
+    add(some, some);
+  }
+  constexpr int kAtOnce = kSums < kStep ? kSums : kStep;
+  for (int first = 0; first < kSums; first += kAtOnce) {
+    Vector<T> part[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i) part[i] = sum[first + i];
+    const Vector<T> total = sum_lanes<T, kAtOnce>(part);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int n = (first + i) / kRanks, k = (first + i) % kRanks;
+      sums[n * sums_stride + k] += total[i];
+    }
+  }
+}
+
+template <typename T, typename S>
+static void down(StripIn strip, Shape shape, Panel<T> panel, T* sums) {
+  in_blocks<kBlockRows>(shape.rows, [&](auto rows, int n) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(rows)::value;
+    const S* x[kRows];
+    for (int i = 0; i < kRows; ++i) x[i] = at<S>(strip, n + i);
+    in_blocks<kBlockRanks>(panel.ranks, [&](auto ranks, int k) __attribute__((always_inline)) {
+      down_block<T, S, kRows, decltype(ranks)::value>(x, shape.columns, panel.data + k * panel.stride,
+                                                      panel.stride, sums + int64_t{n} * panel.ranks + k,
+                                                      panel.ranks);
+    });
+  });
+}
+
+// --- up: rows plus a combination of the panel's ranks
+
+struct Plus {
+  template <typename T, typename H>
+  REFT_INLINE Vector<T> of(Vector<T> x, Vector<T> update) {
+    return x + update;
+  }
+};
+
+struct Undo {  // the row before an update by Plus, as it was stored
+  template <typename T, typename H>
+  REFT_INLINE Vector<T> of(Vector<T> x, Vector<T> update) {
+    return round_to<H, T>(x - update);
+  }
+};
+
+// kCount: vectors of columns; 0: what is left of the columns, less than a vector.
+template <typename T, typename In, typename Out, typename Combine, int kRows, int kCount>
+REFT_INLINE void up_block(const In* const (&in)[kRows], Out* const (&out)[kRows], int64_t j, int left,
+                          const T* panel, int64_t stride, int ranks, const T* u) {
+  constexpr int kStep = kLanes<T>, kVectors = kCount > 0 ? kCount : 1;
+  Vector<T> update[kRows][kVectors] = {};
+  for (int k = 0; k < ranks; ++k) {
+    Vector<T> a[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const T* from = panel + k * stride + j + v * kStep;
+      a[v] = kCount > 0 ? load<T>(from) : load_some<T>(from, left);
+    }
+    for (int n = 0; n < kRows; ++n) {
+      const Vector<T> factor = Vector<T>{} + u[n * ranks + k];
+      for (int v = 0; v < kVectors; ++v) update[n][v] += factor * a[v];
+    }
+  }
+  for (int n = 0; n < kRows; ++n) {
+    for (int v = 0; v < kVectors; ++v) {
+      const In* from = in[n] + j + v * kStep;
+      Out* to = out[n] + j + v * kStep;
+      const Vector<T> x = kCount > 0 ? load<T>(from) : load_some<T>(from, left);
+      const Vector<T> y = Combine::template of<T, In>(x, update[n][v]);
+      if constexpr (kCount > 0) {
+        store<T>(to, y);
+      } else {
+        store_some<T>(to, y, left);
+      }
+    }
+  }
+}
+
+template <typename T, typename In, typename Out, typename Combine>
+static void up(StripIn from, StripOut to, Shape shape, Panel<T> panel, const T* u) {
+  constexpr int kStep = kLanes<T>;
+  in_blocks<kBlockRows>(shape.rows, [&](auto rows, int n) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(rows)::value;
+    const In* in[kRows];
+    Out* out[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      in[i] = at<In>(from, n + i);
+      out[i] = at<Out>(to, n + i);
+    }
+    const T* factors = u + int64_t{n} * panel.ranks;
+    int j = 0;
+    for (; j + kBlockVectors * kStep <= shape.columns; j += kBlockVectors * kStep) {
+      up_block<T, In, Out, Combine, kRows, kBlockVectors>(in, out, j, 0, panel.data, panel.stride,
+                                                          panel.ranks, factors);
+    }
+    for (; j + kStep <= shape.columns; j += kStep) {
+      up_block<T, In, Out, Combine, kRows, 1>(in, out, j, 0, panel.data, panel.stride, panel.ranks, factors);
+    }
+    if (j < shape.columns) {
+      up_block<T, In, Out, Combine, kRows, 0>(in, out, j, shape.columns - j, panel.data, panel.stride,
+                                              panel.ranks, factors);
+    }
+  });
+}
+
+// --- outer: sums over rows
+
+template <typename T, typename S, int kRanks, int kCount>
+REFT_INLINE void outer_block(StripIn strip, int rows, int64_t j, int left, const T* u, int64_t u_stride,
+                             T* sums, int64_t sums_stride) {
+  constexpr int kStep = kLanes<T>, kVectors = kCount > 0 ? kCount : 1;
+  Vector<T> sum[kRanks][kVectors] = {};
+  for (int n = 0; n < rows; ++n) {
+    const S* x = at<S>(strip, n) + j;
+    Vector<T> value[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      value[v] = kCount > 0 ? load<T>(x + v * kStep) : load_some<T>(x + v * kStep, left);
+    }
+    for (int k = 0; k < kRanks; ++k) {
+      const Vector<T> factor = Vector<T>{} + u[n * u_stride + k];
+      for (int v = 0; v < kVectors; ++v) sum[k][v] += factor * value[v];
+    }
+  }
+  for (int k = 0; k < kRanks; ++k) {
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = sums + k * sums_stride + j + v * kStep;
+      if constexpr (kCount > 0) {
+        store<T>(to, load<T>(to) + sum[k][v]);
+      } else {
+        store_some<T>(to, load_some<T>(to, left) + sum[k][v], left);
+      }
+    }
+  }
+}
+
+template <typename T, typename S>
+static void outer(StripIn strip, Shape shape, const T* u, int64_t u_stride, int ranks, T* sums,
+                  int64_t sums_stride) {
+  constexpr int kStep = kLanes<T>;
+  in_blocks<kBlockRows>(ranks, [&](auto block, int k) __attribute__((always_inline)) {
+    constexpr int kRanks = decltype(block)::value;
+    T* to = sums + k * sums_stride;
+    int j = 0;
+    for (; j + kBlockVectors * kStep <= shape.columns; j += kBlockVectors * kStep) {
+      outer_block<T, S, kRanks, kBlockVectors>(strip, shape.rows, j, 0, u + k, u_stride, to, sums_stride);
+    }
+    for (; j + kStep <= shape.columns; j += kStep) {
+      outer_block<T, S, kRanks, 1>(strip, shape.rows, j, 0, u + k, u_stride, to, sums_stride);
+    }
+    if (j < shape.columns) {
+      outer_block<T, S, kRanks, 0>(strip, shape.rows, j, shape.columns - j, u + k, u_stride, to, sums_stride);
+    }
+  });
+}
+
+// --- dropout
+
+constexpr int kBlocksAtOnce = kVectorBytes / 8;  // Philox blocks of four words, one in a 64-bit lane
+constexpr int kWordsAtOnce = 4 * kBlocksAtOnce;
+
+// The words of kBlocksAtOnce consecutive blocks of philox.h, in order. Only the lower half of each lane
+// counts.
+REFT_INLINE void philox_words(uint64_t seed, uint64_t row, uint32_t first_block, uint32_t* words) {
+  Words c0 = {}, c1 = Words{} + row, c2 = Words{} + (row >> 32), c3 = {};
+  for (int i = 0; i < kBlocksAtOnce; ++i) c0[i] = first_block + static_cast<uint32_t>(i);
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Words a = multiply_low_words(c0, Words{} + 0xD2511F53u);
+    const Words b = multiply_low_words(c2, Words{} + 0xCD9E8D57u);
+    c0 = (b >> 32) ^ c1 ^ (Words{} + k0);
+    c2 = (a >> 32) ^ c3 ^ (Words{} + k1);
+    c1 = b;
+    c3 = a;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  const Words first = (c0 & 0xffffffffu) | (c1 << 32), second = (c2 & 0xffffffffu) | (c3 << 32);
+  for (int i = 0; i < kBlocksAtOnce; ++i) {
+    const uint64_t pair[2] = {first[i], second[i]};
+    std::memcpy(words + 4 * i, pair, sizeof pair);
+  }
+}
+
+// x / (1 - p) where kept, else 0, whatever x is.
+template <typename T>
+REFT_INLINE Vector<T> keep(Vector<T> x, const uint32_t* words, uint32_t threshold, T keep_scale) {
+  const auto word = load_bits<Pack<int32_t, kLanes<T>>>(words);
+  const auto kept = (bit_cast<Pack<int32_t, kLanes<T>>>(bit_cast<Pack<uint32_t, kLanes<T>>>(word) >> 1) >=
+                     static_cast<int32_t>(threshold));
+  const Vector<T> scaled = x * keep_scale;
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vector<T>>(bit_cast<Pack<int32_t, kLanes<T>>>(scaled) & kept);
+  } else {
+    using Mask = Pack<int64_t, kLanes<T>>;
+    return bit_cast<Vector<T>>(bit_cast<Mask>(scaled) & __builtin_convertvector(kept, Mask));
+  }
+}
+
+template <typename T, typename In, typename Out>
+static void drop(StripIn from, StripOut to, Shape shape, const Dropout& dropout) {
+  constexpr int kStep = kLanes<T>;
+  const T keep_scale = static_cast<T>(dropout.keep_scale);
+  for (int n = 0; n < shape.rows; ++n) {
+    const In* in = at<In>(from, n);
+    Out* out = at<Out>(to, n);
+    for (int first = 0; first < shape.columns; first += kWordsAtOnce) {
+      uint32_t words[kWordsAtOnce];
+      philox_words(dropout.seed, static_cast<uint64_t>(dropout.row_number[n]),
+                   static_cast<uint32_t>((dropout.column + first) / 4), words);
+      const int end = first + kWordsAtOnce < shape.columns ? first + kWordsAtOnce : shape.columns;
+      int j = first;
+      for (; j + kStep <= end; j += kStep) {
+        store<T>(out + j, keep<T>(load<T>(in + j), words + (j - first), dropout.keep_threshold, keep_scale));
+      }
+      if (j < end) {
+        const Vector<T> x = load_some<T>(in + j, end - j);
+        store_some<T>(out + j, keep<T>(x, words + (j - first), dropout.keep_threshold, keep_scale), end - j);
+      }
+    }
+  }
+}
+
+// --- the tables
+
+template <typename T, typename H>
+constexpr Kernels<T> kTable = {
+    &widen<T>,          &narrow<T>,         &down<T, H>,        &down<T, T>,
+    &up<T, H, H, Plus>, &up<T, T, H, Plus>, &up<T, H, T, Plus>, &up<T, H, T, Undo>,
+    &outer<T, H>,       &outer<T, T>,       &drop<T, H, T>,     &drop<T, T, H>,
+};
+
+template <>
+const Kernels<float>* kernels_of<float>(DType h_type) {
+  switch (h_type) {
+    case DType::kFloat16:
+      return &kTable<float, Float16>;
+    case DType::kBFloat16:
+      return &kTable<float, BFloat16>;
+    default:
+      return &kTable<float, float>;
+  }
+}
+
+template <>
+const Kernels<double>* kernels_of<double>(DType h_type) {
+  switch (h_type) {
+    case DType::kFloat16:
+      return &kTable<double, Float16>;
+    case DType::kBFloat16:
+      return &kTable<double, BFloat16>;
+    case DType::kFloat32:
+      return &kTable<double, float>;
+    default:
+      return &kTable<double, double>;
+  }
+}
+
+}  // namespace reft_kernels::cpu::REFT_KERNELS_ISA
