@@ -65,6 +65,11 @@ struct Op<Machine, make_params, Params (*)(const Tensor&, Arguments...)> {
 }  // namespace
 }  // namespace reft_kernels
 
+// For reft_kernels/backends/cpu.py.
+extern "C" __attribute__((visibility("default"))) const char* reft_kernels_instruction_set() {
+  return reft_kernels::cpu::instruction_set();
+}
+
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, library) {
   using namespace reft_kernels;
   library.impl("native_edit_forward", TORCH_BOX((&Op<OnCpu, &forward_params>::run)));

@@ -27,7 +27,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import reft_kernels
-    from reft_kernels.backends import native
+    from reft_kernels.backends import cpu, native
     from reft_kernels.functional import available_backends
     from reft_kernels.triton import config_tables, launch_configs
 
@@ -41,7 +41,8 @@ def collect() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     configs = {}
-    devices = [f"cpu, {torch.get_num_threads()} threads"]
+    instructions = f", kernels for {cpu.instruction_set()}" if cpu.unavailable() is None else ""
+    devices = [f"cpu, {torch.get_num_threads()} threads{instructions}"]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         devices.append(f"cuda:{index}, {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
