@@ -176,17 +176,18 @@ class Machine:
         self.library.on_cpu_seed(ctypes.c_uint64(seed))
 
     @contextlib.contextmanager
-    def forced(self, forward: Wishes | None = None) -> Iterator[None]:
+    def forced(self, forward: Wishes | None = None, backward: Wishes | None = None) -> Iterator[None]:
         """Within the context plans are as wished, as far as the kernels can."""
-        self._force(forward or Wishes())
+        self._force(forward or Wishes(), backward or Wishes())
         try:
             yield
         finally:
-            self._force(Wishes())
+            self._force(Wishes(), Wishes())
 
-    def _force(self, wishes: Wishes) -> None:
-        fields = [KERNELS.index(w) if isinstance(w, str) else -1 if w is None else int(w) for w in astuple(wishes)]
-        self.library.on_cpu_force((ctypes.c_int64 * len(fields))(*fields))
+    def _force(self, *both: Wishes) -> None:
+        for is_forward, wishes in zip((True, False), both, strict=True):
+            fields = [KERNELS.index(w) if isinstance(w, str) else -1 if w is None else int(w) for w in astuple(wishes)]
+            self.library.on_cpu_force(is_forward, (ctypes.c_int64 * len(fields))(*fields))
 
     @property
     def plan(self) -> dict[str, Any]:

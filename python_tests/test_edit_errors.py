@@ -107,7 +107,7 @@ CASES = [
         if name != "h"
     ),
     ({"h": torch.empty(2, 5, D, device=META)}, ValueError, ["device of h, meta", "got cpu"]),
-    ({"backend": "cuda9"}, ValueError, ["backend: expected one of auto, triton, eager", "'cuda9'"]),
+    ({"backend": "cuda9"}, ValueError, ["backend: expected one of auto, triton, cuda, cpu, eager", "'cuda9'"]),
     ({"backend": ""}, ValueError, ["backend: expected one of", "''"]),
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -36,10 +37,10 @@ PROBE = "reft_kernels/triton/configs/probe.json"
 OPTIONAL = ("triton", "transformers", "accelerate", "datasets", "sklearn", "matplotlib", "rich", "gguf")
 
 
-def run_python(script: str, **environment: str) -> str:
+def run_python(script: str, cwd: Path = ROOT, **environment: str) -> str:
     """stdout of a script in a fresh interpreter that has not TRITON_INTERPRET set."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
-    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", script], cwd=cwd, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
 
@@ -109,11 +110,21 @@ def package_files() -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in shipped}
 
 
+def build_dist(kind: str, source: Path, folder: Path) -> Path:
+    """The sdist or the wheel that a source tree gives; its CUDA kernels, where there is nvcc, are left out."""
+    script = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
+    env = {**os.environ, "REFT_KERNELS_SKIP_CUDA_BUILD": "1", "REFT_KERNELS_FORCE_CUDA_BUILD": "0"}
+    ran = subprocess.run([sys.executable, "-c", script], cwd=source, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (built,) = folder.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+    return built
+
+
 @pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the wheel and the sdist, built from a copy that holds no leftovers of other builds."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, of a copy that holds no leftovers of other builds."""
     pytest.importorskip("setuptools", minversion="77")
-    base = tmp_path_factory.mktemp("build")
+    base = tmp_path_factory.mktemp("sdist")
     ignore = shutil.ignore_patterns(
         ".git", ".venv*", "*.egg-info", "build", "dist", "__pycache__", ".*_cache", "demo_output"
     )
@@ -121,42 +132,81 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     probe = base / "source" / PROBE
     probe.parent.mkdir(exist_ok=True)
     probe.write_text("{}")
-    script = (
-        "from setuptools import build_meta\n"
-        f"build_meta.build_sdist({str(base)!r})\n"
-        f"build_meta.build_wheel({str(base)!r})\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", script], cwd=base / "source", capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return base
+    return build_dist("sdist", base / "source", base)
 
 
-def test_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
-    (wheel,) = dist.glob("*.whl")
-    assert wheel.name == f"reft_kernels-{reft_kernels.__version__}-py3-none-any.whl"
+@pytest.fixture
+def native_files() -> set[str]:
+    """What is compiled into the wheel, where there is a compiler."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return set()
+    return {f"reft_kernels/_native{sysconfig.get_config_var('EXT_SUFFIX')}", "reft_kernels/libreft_kernels_ops.so"}
+
+
+@pytest.mark.slow
+def test_wheel_of_the_sdist(sdist: Path, native_files: set[str], tmp_path: Path) -> None:
+    """It holds the package with its native kernels and nothing else, and edits natively wherever it is installed."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "source", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    (source,) = (tmp_path / "source").iterdir()
+    wheel = build_dist("wheel", source, tmp_path)
+    check_contents(wheel, native_files, tmp_path)
+    if native_files:
+        check_edit(wheel, tmp_path)
+
+
+def check_contents(wheel: Path, native_files: set[str], built_in: Path) -> None:
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.name.startswith(f"reft_kernels-{reft_kernels.__version__}-{python}-{python}-")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         info = f"reft_kernels-{reft_kernels.__version__}.dist-info"
         metadata = archive.read(f"{info}/METADATA").decode()
+        binaries = {name: archive.read(name) for name in native_files & names}
     shipped = {name for name in names if not name.startswith(f"{info}/")}
-    assert shipped == package_files() | {PROBE}
+    assert shipped == package_files() | {PROBE} | native_files
     assert f"{info}/licenses/LICENSE" in names
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.10" in metadata
+    for name, binary in binaries.items():
+        assert str(built_in).encode() not in binary, f"{name} names the folder that it was built in"
 
 
-def test_wheel_depends_on_little(dist: Path) -> None:
-    (wheel,) = dist.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        metadata = archive.read(f"reft_kernels-{reft_kernels.__version__}.dist-info/METADATA").decode()
-    needs = re.findall(r"^Requires-Dist: (\S+?)[><=; ].*$|^Requires-Dist: (\S+)$", metadata, re.MULTILINE)
-    base = {
-        re.split(r"[><=;\s]", line.removeprefix("Requires-Dist: "))[0]
-        for line in metadata.splitlines()
-        if line.startswith("Requires-Dist: ") and "extra ==" not in line
-    }
-    assert needs
-    assert base == {"numpy", "safetensors", "torch"}
+def check_edit(wheel: Path, folder: Path) -> None:
+    pytest.importorskip("pip")
+    target, elsewhere = folder / "target", folder / "elsewhere"
+    elsewhere.mkdir()
+    install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run([sys.executable, *install], check=True)
+    script = (
+        "import torch, reft_kernels as k\n"
+        "from reft_kernels import _native\n"
+        f"assert k.__file__.startswith({str(target)!r}), k.__file__\n"
+        f"assert _native.__file__.startswith({str(target)!r}), _native.__file__\n"
+        "assert _native.build_info()['version'] == k.__version__\n"
+        "assert k.available_backends()['cpu'] == 'ok', k.available_backends()\n"
+        "h, R, W, b = torch.randn(3, 40), torch.randn(2, 40), torch.randn(2, 40), torch.randn(2)\n"
+        "operands = [t.requires_grad_() for t in (h, R, W, b)]\n"
+        "found, expected = (k.edit(*operands, backend=name) for name in ('cpu', 'eager'))\n"
+        "torch.testing.assert_close(found, expected)\n"
+        "g = torch.randn(3, 40)\n"
+        "for pair in zip(*(torch.autograd.grad(y, operands, g) for y in (found, expected))):\n"
+        "    torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)\n"
+        "print('edited')\n"
+    )
+    assert run_python(script, cwd=elsewhere, PYTHONPATH=str(target)) == "edited"
+
+
+def test_package_depends_on_little(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        stem = f"reft_kernels-{reft_kernels.__version__}"
+        member = archive.extractfile(f"{stem}/PKG-INFO")
+        assert member is not None
+        metadata = member.read().decode()
+    needs = [line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if "Requires-Dist: " in line]
+    assert {re.split(r"[><=;\s]", need)[0] for need in needs if "extra ==" not in need} == {
+        "numpy", "safetensors", "torch"
+    }  # fmt: skip
 
 
 def test_tables_of_launch_configurations_are_looked_for_where_they_are_shipped() -> None:
@@ -165,12 +215,14 @@ def test_tables_of_launch_configurations_are_looked_for_where_they_are_shipped()
     assert (ROOT / PROBE).parent == SHIPPED_FOLDER
 
 
-def test_sdist_builds_and_tests_itself(dist: Path) -> None:
-    (sdist,) = dist.glob("*.tar.gz")
+def test_sdist_builds_and_tests_itself(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {"LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "setup.py", "python_tests/conftest.py"}
+    needed = {"LICENSE", "CHANGELOG.md", "CMakeLists.txt", "Makefile", "pyproject.toml", "setup.py"}
     needed |= {"benchmarks/demo.py"} | {path.name for path in ROOT.glob("requirements*.txt")}
+    for folder in ("csrc", "python_tests"):
+        files = (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        needed |= {path.relative_to(ROOT).as_posix() for path in files}
     assert (needed | package_files() | {PROBE}) <= names
     assert not [name for name in names if name.endswith((".pyc", ".so"))]
 
@@ -201,7 +253,8 @@ def test_no_path_of_a_machine_is_shipped() -> None:
     files = [
         *PACKAGE.rglob("*.py"),
         *ROOT.glob("requirements*.txt"),
-        *(ROOT / name for name in ("Makefile", "pyproject.toml")),
+        *(path for path in (ROOT / "csrc").rglob("*") if path.is_file()),
+        *(ROOT / name for name in ("CMakeLists.txt", "Makefile", "pyproject.toml", "setup.py")),
     ]
     for path in files:
         match = word.search(path.read_text(encoding="utf-8"))

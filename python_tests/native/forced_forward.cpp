@@ -9,7 +9,7 @@ namespace reft_kernels {
 Plan planned_edit_forward(const EditForwardParams& params, const Device& device);
 
 Plan plan_edit_forward(const EditForwardParams& params, const Device& device) {
-  const on_cpu::Wishes& wish = on_cpu::wishes;
+  const on_cpu::Wishes& wish = on_cpu::forward_wishes;
   const Edit& e = params.edit;
   Device smaller = device;
   if (wish.shared_bytes >= 0) smaller.shared_bytes = static_cast<int>(wish.shared_bytes);

@@ -15,7 +15,7 @@ struct Wishes {
   int64_t shared_bytes = -1;  // as much for a block at most
 };
 
-extern Wishes wishes;
+extern Wishes forward_wishes, backward_wishes;
 extern reft_kernels::Plan last_plan;
 
 }  // namespace on_cpu

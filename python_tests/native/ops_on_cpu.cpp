@@ -14,7 +14,7 @@
 
 namespace on_cpu {
 
-Wishes wishes;
+Wishes forward_wishes, backward_wishes;
 reft_kernels::Plan last_plan;
 
 }  // namespace on_cpu
@@ -84,8 +84,8 @@ uint32_t on_cpu_barrier() {
 }
 
 // The fields of Wishes in their order.
-void on_cpu_force(const int64_t* wish) {
-  on_cpu::Wishes& w = on_cpu::wishes;
+void on_cpu_force(bool forward, const int64_t* wish) {
+  on_cpu::Wishes& w = forward ? on_cpu::forward_wishes : on_cpu::backward_wishes;
   for (int64_t* field : {&w.kernel, &w.tile_rows, &w.rank_tile, &w.slab, &w.cluster, &w.threads, &w.blocks,
                          &w.chunk, &w.staged, &w.shared_bytes}) {
     *field = *wish++;
