@@ -178,14 +178,9 @@ struct Slot {
   bool live;  // edits its row; where not, the rest is zero but for batch and position
 };
 
-REFT_DEVICE Slot find_slot(const Edit& edit, int64_t n) {
+REFT_DEVICE Slot find_slot(const Edit& edit, int64_t batch, int64_t i) {
   Slot slot;
-  if (((n | edit.slots) >> 32) == 0) {  // a division of 64 bits is slow
-    slot.batch = static_cast<uint32_t>(n) / static_cast<uint32_t>(edit.slots);
-  } else {
-    slot.batch = n / edit.slots;
-  }
-  const int64_t i = n - slot.batch * edit.slots;
+  slot.batch = batch;
   slot.position = i;
   if (edit.positions.data) {
     const SlotTensor& t = edit.positions;
@@ -205,6 +200,14 @@ REFT_DEVICE Slot find_slot(const Edit& edit, int64_t n) {
   }
   if (!slot.live) slot.group = 0;
   return slot;
+}
+
+REFT_DEVICE Slot find_slot(const Edit& edit, int64_t n) {
+  if (((n | edit.slots) >> 32) == 0) {  // a division of 64 bits is slow
+    const uint32_t batch = static_cast<uint32_t>(n) / static_cast<uint32_t>(edit.slots);
+    return find_slot(edit, batch, n - batch * edit.slots);
+  }
+  return find_slot(edit, n / edit.slots, n % edit.slots);
 }
 
 // The first element of a slot's row; only of live slots, or where there are no positions.

@@ -1,0 +1,33 @@
+// Which backward kernel a tile means: every instantiation that exists is named here, and no other.
+#pragma once
+
+#include "reft_kernels/edit_backward_rows.cuh"
+
+namespace reft_kernels {
+
+using BackwardKernel = void (*)(EditBackwardParams, BackwardTile);
+
+template <typename H, typename TR>
+BackwardKernel backward_rows_kernel(int rank_tile) {
+  switch (rank_tile) {
+    case 1:
+      return &edit_backward_rows<H, TR, 1>;
+    case 2:
+      return &edit_backward_rows<H, TR, 2>;
+    case 4:
+      return &edit_backward_rows<H, TR, 4>;
+    default:
+      return &edit_backward_rows<H, TR, 8>;
+  }
+}
+
+// For rows of type H, which R is of too, or float32.
+template <typename H>
+BackwardKernel backward_rows_kernel(const Edit& e, const BackwardTile& tile) {
+  if constexpr (sizeof(H) == 2) {
+    if (is_half(e.R.type)) return backward_rows_kernel<H, H>(tile.rank_tile);
+  }
+  return backward_rows_kernel<H, float>(tile.rank_tile);
+}
+
+}  // namespace reft_kernels
