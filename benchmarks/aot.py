@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import itertools
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.h100 import L2_BYTES, PROGRAMS
+from benchmarks.machine_code import disassembled, instruction_counts, only, print_table, resource_usage, write_table
 from reft_kernels.backends import triton as launcher
 from reft_kernels.problem import EditProblem, Needs
 
@@ -236,38 +235,23 @@ def _resources(compiled: Any) -> dict[str, int]:
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
         return {
-            "registers": int(_only(r"\.vgpr_count:\s+(\d+)", code)),
-            "spill_bytes": 4 * int(_only(r"\.vgpr_spill_count:\s+(\d+)", code)),
+            "registers": int(only(r"\.vgpr_count:\s+(\d+)", code)),
+            "spill_bytes": 4 * int(only(r"\.vgpr_spill_count:\s+(\d+)", code)),
             "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_(?:dwordx4|lds_dwordx4)", code)),
             "ffma": len(re.findall(r"\bv_(?:pk_)?fma\w*_f32", code)),
             "mma": len(re.findall(r"\bv_mfma", code)),
             "mma_tf32": len(re.findall(r"\bv_mfma\w*xf32", code)),
         }
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
-        code = _run(tools / "nvdisasm", "-c", file.name)
+        usage, code = resource_usage(Path(file.name)), disassembled(Path(file.name))
+    counts = instruction_counts(code)
     return {
-        "registers": int(_only(r"REG:(\d+)", usage)),
-        "spill_bytes": int(_only(r"STACK:(\d+)", usage)),
-        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.\S*128", code)),
-        "ffma": len(re.findall(r"\bFFMA", code)),
-        "mma": len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)", code)),
-        "mma_tf32": len(re.findall(r"\b(?:HMMA|HGMMA)\S*TF32|\bUTCHMMA\S*TF32", code)),
+        "registers": int(only(r"REG:(\d+)", usage)),
+        "spill_bytes": int(only(r"STACK:(\d+)", usage)),
+        **{kind: counts[kind] for kind in ("wide_loads", "ffma", "mma", "mma_tf32")},
     }
-
-
-def _run(tool: Path, *arguments: str) -> str:
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def _only(pattern: str, text: str) -> str:
-    found = re.findall(pattern, text)
-    if len(found) != 1:
-        raise ValueError(f"expected {pattern!r} once in the disassembler's output, found it {len(found)} times")
-    return str(found[0])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -283,17 +267,10 @@ def main(argv: list[str] | None = None) -> int:
         if sys.stderr.isatty():
             print(f"\r{index + 1}/{len(todo)}", end="", file=sys.stderr, flush=True)
         reports += compile_case(case, arch)
-    columns = list(Report.__dataclass_fields__)
-    rows = [[str(getattr(report, column)) for column in columns] for report in reports]
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    for row in [columns, *rows]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    rows = [asdict(report) for report in reports]
+    print_table(rows)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.out.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
-        partial.replace(options.out)
+        write_table(rows, options.out)
     bad = [r for r in reports if r.spill_bytes > 0 or r.shared_bytes > SHARED_LIMIT[r.arch]]
     for report in bad:
         print(f"over its limits: {report}")
