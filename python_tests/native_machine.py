@@ -82,7 +82,7 @@ def build(name: str, sources: Sequence[str], *, sanitize: bool = False, csrc: Pa
     for file in sources:
         path = csrc / file if (csrc / file).exists() else HERE / file
         if path.suffix == ".cu":
-            flags = ["-std=c++17", "-Wno-unknown-pragmas", "-x c++", *([] if sanitize else _REPORT_ACCESSES)]
+            flags = ["-std=c++17", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-x c++", *([] if sanitize else _REPORT_ACCESSES)]
         elif file == "ops_on_cpu.cpp":
             flags = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem {torch_root / 'include'}"]
         else:
