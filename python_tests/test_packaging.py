@@ -106,7 +106,7 @@ def test_every_public_name_is_there() -> None:
 
 def package_files() -> set[str]:
     """Files of the package that have to be shipped, relative to the root."""
-    shipped = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.json"), PACKAGE / "py.typed"]
+    shipped = [PACKAGE / "py.typed"] + [path for end in ("py", "pyi", "json") for path in PACKAGE.rglob(f"*.{end}")]
     return {path.relative_to(ROOT).as_posix() for path in shipped}
 
 
