@@ -8,8 +8,10 @@ namespace reft_kernels::cpu {
 
 namespace {
 
-constexpr int64_t kPanelBytes = 16 << 10;  // half of a small first-level cache
-constexpr int64_t kTileBytes = 512 << 10;  // rows of a tile: what a second-level cache holds
+constexpr int64_t kPanelBytes = 16 << 10;  // of a strip: half of a small first-level cache
+constexpr int64_t kTileBytes = 256 << 10;  // rows of a tile, and
+constexpr int64_t kKeptPanelBytes = 256
+                                    << 10;  // panels that are kept from tile to tile: in a second-level cache
 
 template <typename T>
 class Forward {
@@ -20,50 +22,84 @@ class Forward {
         slots_(slots),
         kernels_(kernels_of<T>(edit_.h_type)),
         panels_(edit_, kernels_),
-        columns_(strip_columns<T>(std::max(panels_.down_ranks(), edit_.r), kPanelBytes, 256, 2048)),
-        tile_rows_(std::clamp<int64_t>(
-            kTileBytes / (edit_.d * bytes_of(edit_.h_type)) / kRowsAtOnce * kRowsAtOnce, 8, kTileRows)) {}
+        down_ranks_(panels_.down_ranks()),
+        strip_(strip_columns<T>(std::max(down_ranks_, edit_.r), edit_.d, kPanelBytes, 256)),
+        ahead_((edit_.d + 2 * strip_ - 1) / (2 * strip_) * strip_),
+        keeps_panels_((down_ranks_ + edit_.r) * edit_.d * static_cast<int64_t>(sizeof(T)) <= kKeptPanelBytes),
+        tile_rows_(tile_rows(edit_.d * bytes_of(edit_.h_type), kTileBytes)) {}
 
   void run(int64_t begin, int64_t end) const {
-    Memory memory(*this);
-    for (int64_t i = begin; i < end;) {
-      const int64_t group = slots_.group_of(i);
-      const int64_t group_end = std::min(slots_.group_end(group), end);
-      biases(memory, group);
-      for (; i < group_end; i += tile_rows_) {
-        tile(memory, group, i, static_cast<int>(std::min(tile_rows_, group_end - i)));
+    Memory m(*this);
+    Tile tiles[2];
+    read_tile(tiles[0], begin, end);
+    int64_t group = -1;
+    for (int current = 0; tiles[current].rows > 0; current = 1 - current) {
+      const Tile& tile = tiles[current];
+      read_tile(tiles[1 - current], tile.end, end);
+      if (tile.group != group) {
+        group = tile.group;
+        m.down_filled = m.up_filled = 0;
+        biases(m, group);
       }
-      i = group_end;
+      edit_tile(m, tile, tiles[1 - current]);
     }
   }
 
  private:
+  struct Tile {
+    int64_t group;
+    int64_t end;  // the active slot after it
+    int rows;
+    int64_t slot[kTileRows];
+    int64_t row_number[kTileRows];
+    const void* h[kTileRows];
+    void* y[kTileRows];
+  };
+
   struct Memory {
     explicit Memory(const Forward& forward) : f(forward), scratch(*this) {}
     void place(Scratch& s) {
-      const int64_t rows = f.tile_rows_, ranks = std::max(f.panels_.down_ranks(), f.edit_.r);
-      s.take(panel, ranks * f.columns_);
-      s.take(sums, rows * ranks);
-      s.take(update, rows * f.edit_.r);
-      s.take(bias, f.edit_.r);
-      s.take(subtracted, f.edit_.r);
-      if (f.edit_.seed != nullptr) s.take(wide, rows * f.columns_);
+      const int64_t rows = f.tile_rows_, r = f.edit_.r;
+      const int64_t columns = f.keeps_panels_ ? f.edit_.d : f.strip_;
+      s.take(down_panel, f.down_ranks_ * columns);
+      s.take(up_panel, r * columns);
+      s.take(sums, rows * f.down_ranks_);
+      s.take(update, rows * r);
+      s.take(bias, r);
+      s.take(subtracted, r);
+      if (f.edit_.seed != nullptr) s.take(wide, rows * f.strip_);
+      if (wide != nullptr) {
+        for (int64_t n = 0; n < rows; ++n) wide_row[n] = wide + n * f.strip_;
+      }
     }
 
     const Forward& f;
-    T* panel;
-    T* sums;            // W h and gamma R h, or A h
-    T* update;          // scale * delta
-    T* bias;            // b, or e = b - gamma c
-    T* subtracted;      // gamma c
-    T* wide = nullptr;  // a strip in T
-    const void* h[kTileRows];
-    void* y[kTileRows];
+    T* down_panel;
+    T* up_panel;
+    int64_t down_filled = 0, up_filled = 0;  // columns of kept panels that are there
+    T* sums;                                 // W h and gamma R h, or A h
+    T* update;                               // scale * delta
+    T* bias;                                 // b, or e = b - gamma c
+    T* subtracted;                           // gamma c
+    T* wide = nullptr;                       // a strip in T
     void* wide_row[kTileRows];
-    int64_t slot[kTileRows];
-    int64_t row_number[kTileRows];
     Scratch scratch;
   };
+
+  void read_tile(Tile& tile, int64_t begin, int64_t end) const {
+    tile.rows = 0;
+    if (begin >= end) return;
+    tile.group = slots_.group_of(begin);
+    tile.end = std::min({begin + tile_rows_, slots_.group_end(tile.group), end});
+    tile.rows = static_cast<int>(tile.end - begin);
+    for (int n = 0; n < tile.rows; ++n) {
+      tile.slot[n] = slots_[begin + n];
+      const Place place = place_of(edit_, tile.slot[n]);
+      tile.row_number[n] = place.batch * edit_.length + place.position;
+      tile.h[n] = row_at(p_.h, place, edit_.h_type);
+      tile.y[n] = row_at(p_.y, place, edit_.h_type);
+    }
+  }
 
   void biases(const Memory& m, int64_t group) const {
     std::fill(m.bias, m.bias + edit_.r, T(0));
@@ -72,54 +108,76 @@ class Forward {
     if (edit_.subtract) panels_.bias(edit_.c, group, edit_.linear(), edit_.linear() ? m.bias : m.subtracted);
   }
 
-  void tile(Memory& m, int64_t group, int64_t first, int rows) const {
-    for (int n = 0; n < rows; ++n) {
-      m.slot[n] = slots_[first + n];
-      const Place place = place_of(edit_, m.slot[n]);
-      m.h[n] = row_at(p_.h, place, edit_.h_type);
-      m.y[n] = row_at(p_.y, place, edit_.h_type);
-      m.row_number[n] = place.batch * edit_.length + place.position;
-      if (m.wide != nullptr) m.wide_row[n] = m.wide + int64_t{n} * columns_;
-      if (p_.rows != nullptr) {
-        const int64_t bytes = edit_.d * bytes_of(edit_.h_type);
-        std::memcpy(static_cast<char*>(p_.rows) + m.slot[n] * bytes, m.h[n], static_cast<size_t>(bytes));
+  // The memory of a strip's panel, and whether it has to be filled.
+  bool needs_filling(T* panels, int64_t ranks, int64_t column, int columns, int64_t& filled,
+                     T*& panel) const {
+    panel = keeps_panels_ ? panels + ranks * column : panels;
+    if (keeps_panels_ && column < filled) return false;
+    filled = column + columns;
+    return true;
+  }
+
+  // While one tile is edited the next is fetched, evenly: its first `ahead_` columns while rows are written,
+  // the others when it has become the tile and its columns before them are multiplied.
+  void edit_tile(Memory& m, const Tile& tile, const Tile& next) const {
+    T* panel;
+    if (down_ranks_ > 0) {
+      std::fill(m.sums, m.sums + int64_t{tile.rows} * down_ranks_, T(0));
+      for (int64_t column = 0; column < edit_.d; column += strip_) {
+        const Shape shape{tile.rows, static_cast<int>(std::min<int64_t>(strip_, edit_.d - column))};
+        if (needs_filling(m.down_panel, down_ranks_, column, shape.columns, m.down_filled, panel)) {
+          panels_.down(tile.group, column, shape.columns, panel);
+        }
+        const StripIn later{column + ahead_ < edit_.d ? tile.h : nullptr, column + ahead_};
+        kernels_.down({tile.h, column}, later, shape, {panel, shape.columns, down_ranks_}, m.sums);
       }
     }
-    const int down_ranks = panels_.down_ranks();
-    std::fill(m.sums, m.sums + int64_t{rows} * down_ranks, T(0));
-    if (down_ranks > 0) {
-      for (int64_t column = 0; column < edit_.d; column += columns_) {
-        const int columns = static_cast<int>(std::min<int64_t>(columns_, edit_.d - column));
-        kernels_.down({m.h, column}, {rows, columns}, panels_.down(group, column, columns, m.panel), m.sums);
+    for (int n = 0; n < tile.rows; ++n) finish_row(m, n, tile.slot[n]);
+    for (int64_t column = 0; column < edit_.d; column += strip_) {
+      const Shape shape{tile.rows, static_cast<int>(std::min<int64_t>(strip_, edit_.d - column))};
+      if (needs_filling(m.up_panel, edit_.r, column, shape.columns, m.up_filled, panel)) {
+        panels_.up(tile.group, column, shape.columns, panel);
       }
+      if (p_.rows != nullptr) save_rows(tile, column, shape.columns);
+      write_strip(m, tile, {next.rows >= tile.rows && column < ahead_ ? next.h : nullptr, column}, shape,
+                  column, {panel, shape.columns, edit_.r});
     }
-    for (int n = 0; n < rows; ++n) finish_row(m, n);
-    for (int64_t column = 0; column < edit_.d; column += columns_) {
-      const int columns = static_cast<int>(std::min<int64_t>(columns_, edit_.d - column));
-      const Panel<T> panel = panels_.up(group, column, columns, m.panel);
-      const StripIn h{m.h, column};
-      const StripOut y{m.y, column};
-      if (edit_.seed == nullptr) {
-        kernels_.up(h, y, {rows, columns}, panel, m.update);
-      } else {
-        kernels_.up_to_wide(h, {m.wide_row, 0}, {rows, columns}, panel, m.update);
-        kernels_.drop_from_wide({m.wide_row, 0}, y, {rows, columns}, dropout_of(edit_, m.row_number, column));
-      }
+  }
+
+  void write_strip(const Memory& m, const Tile& tile, StripIn next, Shape shape, int64_t column,
+                   Panel<T> panel) const {
+    const StripIn h{tile.h, column};
+    const StripOut y{tile.y, column};
+    if (edit_.seed == nullptr) {
+      kernels_.up(h, next, y, shape, panel, m.update);
+    } else {
+      kernels_.up_to_wide(h, next, {m.wide_row, 0}, shape, panel, m.update);
+      kernels_.drop_from_wide({m.wide_row, 0}, y, shape, dropout_of(edit_, tile.row_number, column));
+    }
+  }
+
+  void save_rows(const Tile& tile, int64_t column, int columns) const {
+    const int64_t element = bytes_of(edit_.h_type);
+    for (int n = 0; n < tile.rows; ++n) {
+      std::memcpy(static_cast<char*>(p_.rows) + (tile.slot[n] * edit_.d + column) * element,
+                  static_cast<const char*>(tile.h[n]) + column * element,
+                  static_cast<size_t>(columns * element));
     }
   }
 
   // From the row's sums its s, delta and scale * delta.
-  void finish_row(const Memory& m, int n) const {
-    const int r = edit_.r, down_ranks = panels_.down_ranks();
-    const T scale = scale_of(edit_, kernels_, m.slot[n]);
-    const T* sums = m.sums + int64_t{n} * down_ranks;
-    const T* product_W = edit_.linear() ? (down_ranks > 0 ? sums : nullptr) : (edit_.W.data ? sums : nullptr);
+  void finish_row(const Memory& m, int n, int64_t slot) const {
+    const int r = edit_.r;
+    const T scale = scale_of(edit_, kernels_, slot);
+    const T* sums = m.sums + int64_t{n} * down_ranks_;
+    const T* product_W =
+        edit_.linear() ? (down_ranks_ > 0 ? sums : nullptr) : (edit_.W.data ? sums : nullptr);
     const T* product_R = !edit_.linear() && edit_.subtract ? sums + panels_.subtracted_at() : nullptr;
-    T* delta = static_cast<T*>(p_.delta) + m.slot[n] * r;
+    T* delta = static_cast<T*>(p_.delta) + slot * r;
     T* update = m.update + int64_t{n} * r;
     for (int k = 0; k < r; ++k) {
       const T s = product_W != nullptr ? product_W[k] + m.bias[k] : m.bias[k];
-      if (p_.s != nullptr) static_cast<T*>(p_.s)[m.slot[n] * r + k] = s;
+      if (p_.s != nullptr) static_cast<T*>(p_.s)[slot * r + k] = s;
       T value = activate(s, edit_.activation);
       if (product_R != nullptr) value -= product_R[k] + m.subtracted[k];
       delta[k] = value;
@@ -132,7 +190,10 @@ class Forward {
   const Slots& slots_;
   const Kernels<T>& kernels_;
   Panels<T> panels_;
-  int columns_;  // of a strip
+  int down_ranks_;
+  int strip_;      // columns
+  int64_t ahead_;  // columns
+  bool keeps_panels_;
   int64_t tile_rows_;
 };
 

@@ -24,6 +24,12 @@ REFT_INLINE S* at(StripOut strip, int row) {
   return static_cast<S*>(strip.row[row]) + strip.column;
 }
 
+// Asks for the cache line at `at`, into the second level: a strip is used when some hundred others have been.
+template <typename S>
+REFT_INLINE void fetch(const S* at) {
+  __builtin_prefetch(at, 0, 2);
+}
+
 // Calls `block` with the size, as a type, and the start of pieces of sizes 4, 2 and 1 that make up `count`.
 template <int kSize>
 struct Size {
@@ -111,9 +117,9 @@ static void narrow(const T* from, const T* minus, int64_t count, bool add, void*
 
 // --- down: dot products of rows with the panel's ranks
 
-template <typename T, typename S, int kRows, int kRanks>
-REFT_INLINE void down_block(const S* const (&x)[kRows], int columns, const T* panel, int64_t stride, T* sums,
-                            int64_t sums_stride) {
+template <typename T, typename S, int kRows, int kRanks, int kFetch>
+REFT_INLINE void down_block(const S* const (&x)[kRows], const S* const* next, int columns, const T* panel,
+                            int64_t stride, T* sums, int64_t sums_stride) {
   constexpr int kStep = kLanes<T>, kSums = kRows * kRanks;
   Vector<T> sum[kSums] = {};
   const auto add = [&](const auto& load_x, const auto& load_panel) __attribute__((always_inline)) {
@@ -128,6 +134,7 @@ REFT_INLINE void down_block(const S* const (&x)[kRows], int columns, const T* pa
   for (; j + kStep <= columns; j += kStep) {
     const auto whole = [j](const auto* from) __attribute__((always_inline)) { return load<T>(from + j); };
     add(whole, whole);
+    for (int n = 0; n < kFetch; ++n) fetch(next[n] + j);
   }
   if (j < columns) {
     const auto some = [j, columns](const auto* from)
@@ -147,15 +154,33 @@ REFT_INLINE void down_block(const S* const (&x)[kRows], int columns, const T* pa
 }
 
 template <typename T, typename S>
-static void down(StripIn strip, Shape shape, Panel<T> panel, T* sums) {
+static void down(StripIn strip, StripIn next_strip, Shape shape, Panel<T> panel, T* sums) {
   in_blocks<kBlockRows>(shape.rows, [&](auto rows, int n) __attribute__((always_inline)) {
     constexpr int kRows = decltype(rows)::value;
-    const S* x[kRows];
-    for (int i = 0; i < kRows; ++i) x[i] = at<S>(strip, n + i);
+    const S *x[kRows], *next[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      x[i] = at<S>(strip, n + i);
+      next[i] = next_strip.row != nullptr ? at<S>(next_strip, n + i) : x[i];
+    }
     in_blocks<kBlockRanks>(panel.ranks, [&](auto ranks, int k) __attribute__((always_inline)) {
-      down_block<T, S, kRows, decltype(ranks)::value>(x, shape.columns, panel.data + k * panel.stride,
-                                                      panel.stride, sums + int64_t{n} * panel.ranks + k,
-                                                      panel.ranks);
+      constexpr int kRanks = decltype(ranks)::value;
+      const T* from = panel.data + k * panel.stride;
+      T* to = sums + int64_t{n} * panel.ranks + k;
+      const auto block = [&](auto fetched, int first) __attribute__((always_inline)) {
+        down_block<T, S, kRows, kRanks, decltype(fetched)::value>(x, next + first, shape.columns, from,
+                                                                  panel.stride, to, panel.ranks);
+      };
+      // Fetching is spread over the first two blocks of ranks, if there are as many.
+      constexpr int kHalf = (kRows + 1) / 2;
+      if (kRows < kBlockRows || next_strip.row == nullptr || k >= 2 * kBlockRanks) {
+        block(Size<0>(), 0);
+      } else if (k > 0) {
+        block(Size<kRows - kHalf>(), kHalf);
+      } else if (panel.ranks > kBlockRanks) {
+        block(Size<kHalf>(), 0);
+      } else {
+        block(Size<kRows>(), 0);
+      }
     });
   });
 }
@@ -178,8 +203,9 @@ struct Undo {  // the row before an update by Plus, as it was stored
 
 // kCount: vectors of columns; 0: what is left of the columns, less than a vector.
 template <typename T, typename In, typename Out, typename Combine, int kRows, int kCount>
-REFT_INLINE void up_block(const In* const (&in)[kRows], Out* const (&out)[kRows], int64_t j, int left,
-                          const T* panel, int64_t stride, int ranks, const T* u) {
+REFT_INLINE void up_block(const In* const (&in)[kRows], const In* const (&next)[kRows],
+                          Out* const (&out)[kRows], int64_t j, int left, const T* panel, int64_t stride,
+                          int ranks, const T* u) {
   constexpr int kStep = kLanes<T>, kVectors = kCount > 0 ? kCount : 1;
   Vector<T> update[kRows][kVectors] = {};
   for (int k = 0; k < ranks; ++k) {
@@ -189,7 +215,7 @@ REFT_INLINE void up_block(const In* const (&in)[kRows], Out* const (&out)[kRows]
       a[v] = kCount > 0 ? load<T>(from) : load_some<T>(from, left);
     }
     for (int n = 0; n < kRows; ++n) {
-      const Vector<T> factor = Vector<T>{} + u[n * ranks + k];
+      const Vector<T> factor = broadcast<Vector<T>>(u[n * ranks + k]);
       for (int v = 0; v < kVectors; ++v) update[n][v] += factor * a[v];
     }
   }
@@ -198,6 +224,7 @@ REFT_INLINE void up_block(const In* const (&in)[kRows], Out* const (&out)[kRows]
       const In* from = in[n] + j + v * kStep;
       Out* to = out[n] + j + v * kStep;
       const Vector<T> x = kCount > 0 ? load<T>(from) : load_some<T>(from, left);
+      fetch(next[n] + j + v * kStep);
       const Vector<T> y = Combine::template of<T, In>(x, update[n][v]);
       if constexpr (kCount > 0) {
         store<T>(to, y);
@@ -209,27 +236,29 @@ REFT_INLINE void up_block(const In* const (&in)[kRows], Out* const (&out)[kRows]
 }
 
 template <typename T, typename In, typename Out, typename Combine>
-static void up(StripIn from, StripOut to, Shape shape, Panel<T> panel, const T* u) {
+static void up(StripIn from, StripIn next_strip, StripOut to, Shape shape, Panel<T> panel, const T* u) {
   constexpr int kStep = kLanes<T>;
   in_blocks<kBlockRows>(shape.rows, [&](auto rows, int n) __attribute__((always_inline)) {
     constexpr int kRows = decltype(rows)::value;
-    const In* in[kRows];
+    const In *in[kRows], *next[kRows];
     Out* out[kRows];
     for (int i = 0; i < kRows; ++i) {
       in[i] = at<In>(from, n + i);
+      next[i] = next_strip.row != nullptr ? at<In>(next_strip, n + i) : in[i];
       out[i] = at<Out>(to, n + i);
     }
     const T* factors = u + int64_t{n} * panel.ranks;
     int j = 0;
     for (; j + kBlockVectors * kStep <= shape.columns; j += kBlockVectors * kStep) {
-      up_block<T, In, Out, Combine, kRows, kBlockVectors>(in, out, j, 0, panel.data, panel.stride,
+      up_block<T, In, Out, Combine, kRows, kBlockVectors>(in, next, out, j, 0, panel.data, panel.stride,
                                                           panel.ranks, factors);
     }
     for (; j + kStep <= shape.columns; j += kStep) {
-      up_block<T, In, Out, Combine, kRows, 1>(in, out, j, 0, panel.data, panel.stride, panel.ranks, factors);
+      up_block<T, In, Out, Combine, kRows, 1>(in, next, out, j, 0, panel.data, panel.stride, panel.ranks,
+                                              factors);
     }
     if (j < shape.columns) {
-      up_block<T, In, Out, Combine, kRows, 0>(in, out, j, shape.columns - j, panel.data, panel.stride,
+      up_block<T, In, Out, Combine, kRows, 0>(in, next, out, j, shape.columns - j, panel.data, panel.stride,
                                               panel.ranks, factors);
     }
   });
@@ -237,9 +266,9 @@ static void up(StripIn from, StripOut to, Shape shape, Panel<T> panel, const T* 
 
 // --- outer: sums over rows
 
-template <typename T, typename S, int kRanks, int kCount>
-REFT_INLINE void outer_block(StripIn strip, int rows, int64_t j, int left, const T* u, int64_t u_stride,
-                             T* sums, int64_t sums_stride) {
+template <typename T, typename S, int kRanks, int kCount, int kFetch>
+REFT_INLINE void outer_block(StripIn strip, StripIn next, int rows, int64_t j, int left, const T* u,
+                             int64_t u_stride, T* sums, int64_t sums_stride) {
   constexpr int kStep = kLanes<T>, kVectors = kCount > 0 ? kCount : 1;
   Vector<T> sum[kRanks][kVectors] = {};
   for (int n = 0; n < rows; ++n) {
@@ -248,8 +277,9 @@ REFT_INLINE void outer_block(StripIn strip, int rows, int64_t j, int left, const
     for (int v = 0; v < kVectors; ++v) {
       value[v] = kCount > 0 ? load<T>(x + v * kStep) : load_some<T>(x + v * kStep, left);
     }
+    for (int v = 0; v < kFetch; ++v) fetch(at<S>(next, n) + j + v * kStep);
     for (int k = 0; k < kRanks; ++k) {
-      const Vector<T> factor = Vector<T>{} + u[n * u_stride + k];
+      const Vector<T> factor = broadcast<Vector<T>>(u[n * u_stride + k]);
       for (int v = 0; v < kVectors; ++v) sum[k][v] += factor * value[v];
     }
   }
@@ -266,7 +296,7 @@ REFT_INLINE void outer_block(StripIn strip, int rows, int64_t j, int left, const
 }
 
 template <typename T, typename S>
-static void outer(StripIn strip, Shape shape, const T* u, int64_t u_stride, int ranks, T* sums,
+static void outer(StripIn strip, StripIn next, Shape shape, const T* u, int64_t u_stride, int ranks, T* sums,
                   int64_t sums_stride) {
   constexpr int kStep = kLanes<T>;
   in_blocks<kBlockRows>(ranks, [&](auto block, int k) __attribute__((always_inline)) {
@@ -274,13 +304,28 @@ static void outer(StripIn strip, Shape shape, const T* u, int64_t u_stride, int 
     T* to = sums + k * sums_stride;
     int j = 0;
     for (; j + kBlockVectors * kStep <= shape.columns; j += kBlockVectors * kStep) {
-      outer_block<T, S, kRanks, kBlockVectors>(strip, shape.rows, j, 0, u + k, u_stride, to, sums_stride);
+      const auto whole = [&](auto fetched, int first) __attribute__((always_inline)) {
+        outer_block<T, S, kRanks, kBlockVectors, decltype(fetched)::value>(
+            strip, {next.row, next.column + first * kStep}, shape.rows, j, 0, u + k, u_stride, to,
+            sums_stride);
+      };
+      constexpr int kHalf = kBlockVectors / 2;
+      if (next.row == nullptr || k >= 2 * kBlockRows) {
+        whole(Size<0>(), 0);
+      } else if (k > 0) {
+        whole(Size<kBlockVectors - kHalf>(), kHalf);
+      } else if (ranks > kBlockRows) {
+        whole(Size<kHalf>(), 0);
+      } else {
+        whole(Size<kBlockVectors>(), 0);
+      }
     }
     for (; j + kStep <= shape.columns; j += kStep) {
-      outer_block<T, S, kRanks, 1>(strip, shape.rows, j, 0, u + k, u_stride, to, sums_stride);
+      outer_block<T, S, kRanks, 1, 0>(strip, next, shape.rows, j, 0, u + k, u_stride, to, sums_stride);
     }
     if (j < shape.columns) {
-      outer_block<T, S, kRanks, 0>(strip, shape.rows, j, shape.columns - j, u + k, u_stride, to, sums_stride);
+      outer_block<T, S, kRanks, 0, 0>(strip, next, shape.rows, j, shape.columns - j, u + k, u_stride, to,
+                                      sums_stride);
     }
   });
 }

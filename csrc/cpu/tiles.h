@@ -40,11 +40,19 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// Columns of a strip such that `ranks` of them in T fill about so many bytes.
+// The columns of a strip: such that `ranks` of them in T fill about so many bytes, and that d is cut evenly.
 template <typename T>
-int strip_columns(int64_t ranks, int64_t bytes, int64_t least, int64_t most) {
-  const int64_t fit = bytes / (std::max<int64_t>(ranks, 1) * static_cast<int64_t>(sizeof(T)));
-  return static_cast<int>(std::clamp(fit / 64 * 64, least, most));
+int strip_columns(int64_t ranks, int64_t d, int64_t bytes, int64_t least) {
+  const int64_t fit =
+      std::max(bytes / (std::max<int64_t>(ranks, 1) * static_cast<int64_t>(sizeof(T))), least);
+  const int64_t strips = std::max<int64_t>((d + fit - 1) / fit, 1);
+  return static_cast<int>(((d + strips - 1) / strips + 63) / 64 * 64);
+}
+
+// The rows of a tile: such that they fill about so many bytes.
+inline int64_t tile_rows(int64_t row_bytes, int64_t bytes) {
+  return std::clamp<int64_t>(bytes / std::max<int64_t>(row_bytes, 1) / kRowsAtOnce * kRowsAtOnce, 8,
+                             kTileRows);
 }
 
 // Calls work(0, count), through parallel_for only if the arithmetic is worth the threads.

@@ -66,6 +66,12 @@ REFT_INLINE P load_bits(const S* from) {
   return p;
 }
 
+// x in every lane. (Adding to zero would be an addition: it makes +0 of -0.)
+template <typename V, typename E>
+REFT_INLINE V broadcast(E x) {
+  return x - V{};
+}
+
 template <typename M>
 REFT_INLINE M select(M condition, M yes, M no) {
   return (condition & yes) | (~condition & no);
