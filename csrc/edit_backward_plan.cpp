@@ -15,6 +15,8 @@ namespace {
 // Slabs are narrow as long as about so many blocks share them: the multiprocessors of the GPUs at hand.
 constexpr int64_t kUsualBlocks = 132;
 
+constexpr int kMaxRowsRank = 8;  // above, tensor cores multiply what they can
+
 bool is_float(DType type) {
   return type == DType::kFloat32 || is_half(type);
 }
@@ -39,6 +41,11 @@ std::string refusal_of(const EditBackwardParams& p, const Device& device) {
   return "";
 }
 
+Kernel kernel_of(const EditBackwardParams& p) {
+  const bool mma = is_half(p.edit.h_type) && p.edit.r > kMaxRowsRank && backward_vectors(p);
+  return mma ? Kernel::kBackwardMma : Kernel::kBackwardRows;
+}
+
 // Slots a chunk: what half of the L2 cache holds of grad and x, if that makes more than one chunk.
 int64_t chunk_of(const Edit& e, const Plan& plan, const Device& device, int64_t items) {
   if (items > plan.blocks) return e.rows();  // a block's second item would read the first chunk again
@@ -57,14 +64,23 @@ Plan plan_edit_backward(const EditBackwardParams& params, const Device& device) 
   plan.refusal = refusal_of(params, device);
   if (!plan.refusal.empty() || e.rows() == 0) return plan;
 
-  plan.kernel = Kernel::kBackwardRows;
+  plan.kernel = kernel_of(params);
   plan.threads = kBackwardThreads;
   plan.slab = (e.d + 31) / 32 * e.groups > kUsualBlocks ? 64 : 32;
-  plan.tile_rows = static_cast<int>(
-      std::clamp<int64_t>((e.rows() + device.multiprocessors - 1) / device.multiprocessors, 1, kProjectRows));
-  plan.rank_tile = e.r == 1 ? 1 : e.r == 2 ? 2 : e.r <= 4 ? 4 : 8;
+  if (plan.kernel == Kernel::kBackwardMma) {
+    plan.tile_rows = kMmaRows;
+    plan.rank_tile = e.r <= 16 ? 16 : e.r <= 32 ? 32 : 64;
+  } else {
+    plan.tile_rows = static_cast<int>(std::clamp<int64_t>(
+        (e.rows() + device.multiprocessors - 1) / device.multiprocessors, 1, kProjectRows));
+    plan.rank_tile = e.r == 1 ? 1 : e.r == 2 ? 2 : e.r <= 4 ? 4 : 8;
+  }
   plan.chunk = e.rows();
   BackwardTile tile = backward_tile(params, plan, device.shared_bytes);
+  if (tile.slots == 0 && plan.slab == 64) {
+    plan.slab = 32;
+    tile = backward_tile(params, plan, device.shared_bytes);
+  }
   if (tile.slots == 0) {
     plan.refusal = "takes more shared memory than a block of this device has";
     return plan;

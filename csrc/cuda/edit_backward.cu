@@ -9,9 +9,9 @@ namespace {
 BackwardKernel kernel_of(const Edit& e, const BackwardTile& tile) {
   switch (e.h_type) {
     case DType::kBFloat16:
-      return backward_rows_of_bfloat16(e, tile);
+      return tile.mma ? backward_mma_of_bfloat16(e, tile) : backward_rows_of_bfloat16(e, tile);
     case DType::kFloat16:
-      return backward_rows_of_float16(e, tile);
+      return tile.mma ? backward_mma_of_float16(e, tile) : backward_rows_of_float16(e, tile);
     default:
       return backward_rows_of_float32(e, tile);
   }

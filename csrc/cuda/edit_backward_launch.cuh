@@ -8,5 +8,7 @@ namespace reft_kernels::cuda {
 BackwardKernel backward_rows_of_float32(const Edit& e, const BackwardTile& tile);
 BackwardKernel backward_rows_of_bfloat16(const Edit& e, const BackwardTile& tile);
 BackwardKernel backward_rows_of_float16(const Edit& e, const BackwardTile& tile);
+BackwardKernel backward_mma_of_bfloat16(const Edit& e, const BackwardTile& tile);
+BackwardKernel backward_mma_of_float16(const Edit& e, const BackwardTile& tile);
 
 }  // namespace reft_kernels::cuda

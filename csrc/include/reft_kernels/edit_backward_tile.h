@@ -63,9 +63,10 @@ inline BackwardShared backward_shared(const EditBackwardParams& p, const Backwar
   const int ranks = tile.rank_tile * tile.rank_groups;
   BackwardShared at{};
   at.project_slots = 0;
-  at.partial = kBackwardThreads * kSlabSlotBytes;
-  // mma: [warps, 16 slots, ranks]; rows: [2, warps, up to 32 sums]
-  at.ring = at.partial + (mma ? kBackwardWarps * kMmaRows * ranks * 4 : 2 * kBackwardWarps * 32 * 4);
+  at.partial = (mma ? kMmaRows : kBackwardThreads) * kSlabSlotBytes;
+  // mma: [warps, 16 slots, up to 32 ranks]; rows: [2, warps, up to 32 sums]
+  const int sums = mma ? kMmaRows * (ranks < 32 ? ranks : 32) : 2 * 32;
+  at.ring = at.partial + kBackwardWarps * sums * 4;
   at.weights = at.ring + (mma ? 0 : tile.ring * kProjectRows * kBackwardThreads * 16);
   at.table = at.weights + 2 * ranks * tile.slab * 4;
   at.stages = static_cast<int>(round_up(at.table + (tile.stages + 1) * tile.slots * kSlabSlotBytes, 128));
@@ -74,7 +75,8 @@ inline BackwardShared backward_shared(const EditBackwardParams& p, const Backwar
   at.stage_bytes =
       static_cast<int>(round_up(at.ranks + rank_arrays(p) * tile.slots * tile.rank_stride * 4, 128));
   const int64_t staged = static_cast<int64_t>(tile.stages) * at.stage_bytes;
-  const int64_t reduced = static_cast<int64_t>(kBackwardWarps) * ranks * tile.slab * 4;
+  // mma: of dW and dR, [warps, 16 ranks, slab]; rows: of one of them, [warps, ranks, slab]
+  const int64_t reduced = static_cast<int64_t>(kBackwardWarps) * (mma ? 2 * 16 : ranks) * tile.slab * 4;
   at.total = at.stages + (staged > reduced ? staged : reduced);
   return at;
 }
