@@ -82,7 +82,13 @@ def build(name: str, sources: Sequence[str], *, sanitize: bool = False, csrc: Pa
     for file in sources:
         path = csrc / file if (csrc / file).exists() else HERE / file
         if path.suffix == ".cu":
-            flags = ["-std=c++17", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-x c++", *([] if sanitize else _REPORT_ACCESSES)]
+            flags = [
+                "-std=c++17",
+                "-Wno-unknown-pragmas",
+                "-Wno-maybe-uninitialized",
+                "-x c++",
+                *([] if sanitize else _REPORT_ACCESSES),
+            ]
         elif file == "ops_on_cpu.cpp":
             flags = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem {torch_root / 'include'}"]
         else:
@@ -110,14 +116,13 @@ def build(name: str, sources: Sequence[str], *, sanitize: bool = False, csrc: Pa
     return folder / f"{name}.so"
 
 
-_WAYS = [way for way in ("forward", "backward") if (CSRC / "cuda" / f"edit_{way}.cu").exists()]  # TEMPORARY
 KERNEL_SOURCES = [
     "ops_on_cpu.cpp",
-    *(f"forced_{way}.cpp" for way in _WAYS),
-    *(f"edit_{way}_plan.cpp" for way in _WAYS),
-    *([] if "backward" in _WAYS else ["no_backward.cpp"]),
+    *(f"{prefix}{way}{suffix}" for way in ("forward", "backward") for prefix, suffix in (
+        ("forced_", ".cpp"), ("edit_", "_plan.cpp"),
+    )),
     *(f"cuda/{path.name}" for path in sorted((CSRC / "cuda").glob("*.cu"))),
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

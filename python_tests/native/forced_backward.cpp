@@ -19,8 +19,7 @@ Plan plan_edit_backward(const EditBackwardParams& params, const Device& device) 
 
   Plan plan = planned;
   if (wish.kernel >= 0) plan.kernel = static_cast<Kernel>(wish.kernel);
-  if (plan.kernel == Kernel::kBackwardMma &&
-      !(is_half(e.h_type) && e.d % 32 == 0 && backward_vectors(params))) {
+  if (plan.kernel == Kernel::kBackwardMma && !(is_half(e.h_type) && backward_vectors(params))) {
     plan.kernel = Kernel::kBackwardRows;
   }
   if (wish.tile_rows >= 0) plan.tile_rows = static_cast<int>(wish.tile_rows);

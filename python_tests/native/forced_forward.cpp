@@ -20,7 +20,7 @@ Plan plan_edit_forward(const EditForwardParams& params, const Device& device) {
   Plan plan = planned;
   const bool vectors = forward_vectors(params);
   if (wish.kernel >= 0) plan.kernel = static_cast<Kernel>(wish.kernel);
-  if (plan.kernel == Kernel::kForwardMma && !(is_half(e.h_type) && e.d % 2 == 0 && vectors)) {
+  if (plan.kernel == Kernel::kForwardMma && !(is_half(e.h_type) && vectors && e.d % kMmaColumns == 0)) {
     plan.kernel = Kernel::kForwardRows;
   }
   const bool multiplies = e.W.data || e.subtract;
@@ -32,9 +32,11 @@ Plan plan_edit_forward(const EditForwardParams& params, const Device& device) {
   bool staged = vectors && wish.staged != 0;
   switch (plan.kernel) {
     case Kernel::kForwardMma:
-      plan.cluster = 1;
+      plan.cluster = wish.cluster > 1 && device.capability >= 90 ? static_cast<int>(wish.cluster) : 1;
       plan.tile_rows = kMmaRows;
-      plan.rank_tile = static_cast<int>(std::max<int64_t>(8, round_up(e.r, 8)));
+      plan.rank_tile = 8;
+      while (plan.rank_tile < 64 && (plan.rank_tile < e.r || plan.rank_tile < wish.rank_tile))
+        plan.rank_tile *= 2;
       break;
     default:
       plan.cluster = 1;
