@@ -121,11 +121,12 @@ def test_backends_agree(inplace: bool) -> None:
     for backend in BACKENDS:
         options = {"backend": backend, "inplace": inplace}
         results.append(gradients(lambda h, opt=options, **t: o.edit(h=h.clone(), **t, **opt), o, grad))
-    one, other = results
-    assert_bitwise_equal(one.y == 0, other.y == 0)
-    torch.testing.assert_close(one.y, other.y, rtol=1e-6, atol=1e-6, equal_nan=True)
-    for name, value in one.grads.items():
-        torch.testing.assert_close(value, other.grads[name], rtol=1e-6, atol=1e-6, equal_nan=True)
+    one, *others = results
+    for other in others:
+        assert_bitwise_equal(one.y == 0, other.y == 0)
+        torch.testing.assert_close(one.y, other.y, rtol=1e-6, atol=1e-6, equal_nan=True)
+        for name, value in one.grads.items():
+            torch.testing.assert_close(value, other.grads[name], rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @backends

@@ -50,7 +50,7 @@ class SiteHook:
                 raise RuntimeError(
                     f"gradient checkpointing recomputes {self.path}, whose {self.side} is edited, without the edit: "
                     "the gradients would be wrong. Turn checkpointing off, or edit block_output with transformers "
-                    "5 or later, which runs hooks outside of the checkpoint"
+                    "5.23 or later, which runs hooks outside of the checkpoint"
                 )
             return None
         return None if plan.steps is None or plan.busy else plan.steps[self.index]

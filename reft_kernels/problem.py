@@ -87,7 +87,8 @@ def autocast_is_on(device: torch.device) -> bool:
 
 @functools.cache
 def _has_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
+    # The usual ones first: torch 2.11's Dynamo does not trace the question.
+    return kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
