@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+import transformers
 from functorch.compile import make_boxed_func
 from hand_edits import edited_by_hand, strengthen
 from tiny_models import ARCHITECTURES, LAYERS, WIDTH, random_batch, tiny_model
