@@ -21,9 +21,7 @@ class BackwardColumns {
         sums_gs_(b_.wants_W || shares_sum_),
         sums_gd_(!edit_.linear() && b_.wants_R && edit_.subtract),
         strip_(strip_columns<T>(2 * edit_.r + down_ranks_, edit_.d, kStripBytes, 64)),
-        slab_(std::max(kSlabBytes / ((3 * edit_.r + down_ranks_) * static_cast<int64_t>(sizeof(T))) / strip_,
-                       int64_t{1}) *
-              strip_) {}
+        slab_(strips_in_slab() * strip_) {}
 
   void run(int64_t begin, int64_t end) const {
     Memory m(*this, std::min(slab_, end - begin));
@@ -37,6 +35,14 @@ class BackwardColumns {
  private:
   static constexpr int64_t kStripBytes = 24 << 10;
   static constexpr int64_t kSlabBytes = 384 << 10;
+
+  int64_t strips_in_slab() const {
+    if (b_.slots.active() <= kTileRows / 4)
+      return 1;  // no sums wait for a second tile, and little else is repeated
+    const int64_t strip_bytes =
+        (3 * edit_.r + down_ranks_) * int64_t{strip_} * static_cast<int64_t>(sizeof(T));
+    return std::max<int64_t>(kSlabBytes / strip_bytes, 1);
+  }
 
   // A strip that begins at column `at` of a slab has its panel and its sums, [ranks, columns], at `ranks *
   // at`.
@@ -107,8 +113,9 @@ class BackwardColumns {
   void fill_panels(Memory& m, int64_t group, int64_t column, int columns) const {
     for (int at = 0; at < columns; at += strip_) {
       const int count = std::min(strip_, columns - at);
-      if (b_.wants_h) b_.panels.down(group, column + at, count, m.down_panel + int64_t{down_ranks_} * at);
-      if (rebuilds_) b_.panels.up(group, column + at, count, m.up_panel + int64_t{edit_.r} * at);
+      if (b_.wants_h)
+        b_.panels.down(group, column + at, {kTileRows, count}, m.down_panel + int64_t{down_ranks_} * at);
+      if (rebuilds_) b_.panels.up(group, column + at, {kTileRows, count}, m.up_panel + int64_t{edit_.r} * at);
     }
   }
 

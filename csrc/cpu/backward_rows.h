@@ -51,7 +51,7 @@ class BackwardRows {
     std::fill(m.sums, m.sums + int64_t{tile.rows} * edit_.r, T(0));
     for (int64_t column = 0; column < edit_.d; column += strip_) {
       const Shape shape{tile.rows, static_cast<int>(std::min<int64_t>(strip_, edit_.d - column))};
-      const Panel<T> panel = b_.panels.up(tile.group, column, shape.columns, m.panel);
+      const Panel<T> panel = b_.panels.up(tile.group, column, shape, m.panel);
       const StripIn g{tile.grad, column};
       if (edit_.seed != nullptr) {
         const StripOut wide{m.wide_rows.row, 0};

@@ -25,8 +25,11 @@ class Forward {
         down_ranks_(panels_.down_ranks()),
         strip_(strip_columns<T>(std::max(down_ranks_, edit_.r), edit_.d, kPanelBytes, 256)),
         ahead_((edit_.d + 2 * strip_ - 1) / (2 * strip_) * strip_),
-        keeps_panels_((down_ranks_ + edit_.r) * edit_.d * static_cast<int64_t>(sizeof(T)) <= kKeptPanelBytes),
-        tile_rows_(tile_rows(edit_.d * bytes_of(edit_.h_type), kTileBytes)) {}
+        keeps_panels_((down_ranks_ + edit_.r) * edit_.d * static_cast<int64_t>(sizeof(T)) <=
+                          kKeptPanelBytes &&
+                      slots.active() > kTileRows),
+        tile_rows_(tile_rows(edit_.d * bytes_of(edit_.h_type), keeps_panels_ ? kTileBytes : 2 * kTileBytes)) {
+  }
 
   void run(int64_t begin, int64_t end) const {
     Memory m(*this);
@@ -102,45 +105,48 @@ class Forward {
   }
 
   void biases(const Memory& m, int64_t group) const {
-    std::fill(m.bias, m.bias + edit_.r, T(0));
-    std::fill(m.subtracted, m.subtracted + edit_.r, T(0));
-    panels_.bias(edit_.b, group, false, m.bias);
-    if (edit_.subtract) panels_.bias(edit_.c, group, edit_.linear(), edit_.linear() ? m.bias : m.subtracted);
+    read_bias(edit_, kernels_, edit_.b, group, m.bias);
+    if (!edit_.subtract) return;
+    read_bias(edit_, kernels_, edit_.c, group, m.subtracted);
+    if (edit_.linear()) {
+      for (int k = 0; k < edit_.r; ++k) m.bias[k] -= m.subtracted[k];
+    }
   }
 
-  // The memory of a strip's panel, and whether it has to be filled.
-  bool needs_filling(T* panels, int64_t ranks, int64_t column, int columns, int64_t& filled,
-                     T*& panel) const {
-    panel = keeps_panels_ ? panels + ranks * column : panels;
-    if (keeps_panels_ && column < filled) return false;
-    filled = column + columns;
-    return true;
+  // A strip's panel: in its place in `memory` if panels are kept, else for this tile alone.
+  template <typename Fill>
+  Panel<T> panel_of(T* memory, int64_t ranks, int64_t column, Shape shape, int64_t& filled,
+                    const Fill& fill) const {
+    if (!keeps_panels_) return fill(shape, memory);
+    T* const panel = memory + ranks * column;
+    if (column < filled) return {panel, shape.columns, static_cast<int>(ranks)};
+    filled = column + shape.columns;
+    return fill({kTileRows, shape.columns}, panel);
   }
 
   // While one tile is edited the next is fetched, evenly: its first `ahead_` columns while rows are written,
   // the others when it has become the tile and its columns before them are multiplied.
   void edit_tile(Memory& m, const Tile& tile, const Tile& next) const {
-    T* panel;
     if (down_ranks_ > 0) {
       std::fill(m.sums, m.sums + int64_t{tile.rows} * down_ranks_, T(0));
       for (int64_t column = 0; column < edit_.d; column += strip_) {
         const Shape shape{tile.rows, static_cast<int>(std::min<int64_t>(strip_, edit_.d - column))};
-        if (needs_filling(m.down_panel, down_ranks_, column, shape.columns, m.down_filled, panel)) {
-          panels_.down(tile.group, column, shape.columns, panel);
-        }
+        const Panel<T> panel =
+            panel_of(m.down_panel, down_ranks_, column, shape, m.down_filled,
+                     [&](Shape filled, T* to) { return panels_.down(tile.group, column, filled, to); });
         const StripIn later{column + ahead_ < edit_.d ? tile.h : nullptr, column + ahead_};
-        kernels_.down({tile.h, column}, later, shape, {panel, shape.columns, down_ranks_}, m.sums);
+        kernels_.down({tile.h, column}, later, shape, panel, m.sums);
       }
     }
     for (int n = 0; n < tile.rows; ++n) finish_row(m, n, tile.slot[n]);
     for (int64_t column = 0; column < edit_.d; column += strip_) {
       const Shape shape{tile.rows, static_cast<int>(std::min<int64_t>(strip_, edit_.d - column))};
-      if (needs_filling(m.up_panel, edit_.r, column, shape.columns, m.up_filled, panel)) {
-        panels_.up(tile.group, column, shape.columns, panel);
-      }
+      const Panel<T> panel =
+          panel_of(m.up_panel, edit_.r, column, shape, m.up_filled,
+                   [&](Shape filled, T* to) { return panels_.up(tile.group, column, filled, to); });
       if (p_.rows != nullptr) save_rows(tile, column, shape.columns);
       write_strip(m, tile, {next.rows >= tile.rows && column < ahead_ ? next.h : nullptr, column}, shape,
-                  column, {panel, shape.columns, edit_.r});
+                  column, panel);
     }
   }
 

@@ -48,8 +48,11 @@ struct Dropout {
 // Rows are of the type of h or, "wide", of type T.
 template <typename T>
 struct Kernels {
-  // to = from, or to -= from
-  void (*widen)(const void* from, DType type, int64_t count, bool subtract, T* to);
+  // to = from
+  void (*widen)(const void* from, DType type, int64_t count, T* to);
+  // to = from - minus; from may be null
+  void (*widen_difference)(const void* from, DType type, const void* minus, DType minus_type, int64_t count,
+                           T* to);
   // to = from - minus, or to += from - minus with one rounding; minus may be null.
   void (*narrow)(const T* from, const T* minus, int64_t count, bool add, void* to, DType type);
 

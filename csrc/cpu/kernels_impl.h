@@ -3,6 +3,8 @@
 // is instantiated, so that the linker cannot give one instruction set's code to another.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "vec.h"
 
@@ -30,6 +32,12 @@ REFT_INLINE void fetch(const S* at) {
   __builtin_prefetch(at, 0, 2);
 }
 
+// Whether element `i` begins a cache line, counted from where one begins.
+template <typename S>
+constexpr bool starts_line(int i) {
+  return i * static_cast<int>(sizeof(S)) % 64 == 0;
+}
+
 // Calls `block` with the size, as a type, and the start of pieces of sizes 4, 2 and 1 that make up `count`.
 template <int kSize>
 struct Size {
@@ -53,33 +61,54 @@ REFT_INLINE void in_blocks(int count, const Block& block) {
 
 // --- weights in and gradients out
 
-template <typename T, typename S>
-static void widen_from(const S* from, int64_t count, bool subtract, T* to) {
+// to = from - minus, each with a sign of its own: only one of the two where the other is null.
+template <typename T, typename S, typename M>
+static void widen_from(const S* from, const M* minus, int64_t count, T* to) {
   constexpr int kStep = kLanes<T>;
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) {
-    const Vector<T> v = load<T>(from + i);
-    store<T>(to + i, subtract ? load<T>(to + i) - v : v);
+    Vector<T> v = from != nullptr ? load<T>(from + i) : Vector<T>{};
+    if (minus != nullptr) v -= load<T>(minus + i);
+    store<T>(to + i, v);
   }
   const int rest = static_cast<int>(count - i);
   if (rest > 0) {
-    const Vector<T> v = load_some<T>(from + i, rest);
-    store_some<T>(to + i, subtract ? load_some<T>(to + i, rest) - v : v, rest);
+    Vector<T> v = from != nullptr ? load_some<T>(from + i, rest) : Vector<T>{};
+    if (minus != nullptr) v -= load_some<T>(minus + i, rest);
+    store_some<T>(to + i, v, rest);
+  }
+}
+
+// Calls `use` with the address as a pointer to elements of that type.
+template <typename Use>
+REFT_INLINE void with_type(const void* address, DType type, const Use& use) {
+  switch (type) {
+    case DType::kFloat16:
+      return use(static_cast<const Float16*>(address));
+    case DType::kBFloat16:
+      return use(static_cast<const BFloat16*>(address));
+    case DType::kFloat64:
+      return use(static_cast<const double*>(address));
+    default:
+      return use(static_cast<const float*>(address));
   }
 }
 
 template <typename T>
-static void widen(const void* from, DType type, int64_t count, bool subtract, T* to) {
-  switch (type) {
-    case DType::kFloat16:
-      return widen_from(static_cast<const Float16*>(from), count, subtract, to);
-    case DType::kBFloat16:
-      return widen_from(static_cast<const BFloat16*>(from), count, subtract, to);
-    case DType::kFloat64:
-      return widen_from(static_cast<const double*>(from), count, subtract, to);
-    default:
-      return widen_from(static_cast<const float*>(from), count, subtract, to);
-  }
+static void widen(const void* from, DType type, int64_t count, T* to) {
+  with_type(from, type,
+            [&](const auto* elements) { widen_from(elements, static_cast<const T*>(nullptr), count, to); });
+}
+
+template <typename T>
+static void widen_difference(const void* from, DType type, const void* minus, DType minus_type, int64_t count,
+                             T* to) {
+  with_type(from, type, [&](const auto* elements) {
+    if (type == minus_type) return widen_from(elements, static_cast<decltype(elements)>(minus), count, to);
+    // Types that differ, in two passes: what was written first is in the cache.
+    widen_from(elements, static_cast<const T*>(nullptr), count, to);
+    with_type(minus, minus_type, [&](const auto* subtracted) { widen_from(to, subtracted, count, to); });
+  });
 }
 
 template <typename T, typename S>
@@ -103,16 +132,10 @@ static void narrow_to(const T* from, const T* minus, int64_t count, bool add, S*
 
 template <typename T>
 static void narrow(const T* from, const T* minus, int64_t count, bool add, void* to, DType type) {
-  switch (type) {
-    case DType::kFloat16:
-      return narrow_to(from, minus, count, add, static_cast<Float16*>(to));
-    case DType::kBFloat16:
-      return narrow_to(from, minus, count, add, static_cast<BFloat16*>(to));
-    case DType::kFloat64:
-      return narrow_to(from, minus, count, add, static_cast<double*>(to));
-    default:
-      return narrow_to(from, minus, count, add, static_cast<float*>(to));
-  }
+  with_type(to, type, [&](const auto* elements) {
+    using S = std::remove_cv_t<std::remove_pointer_t<decltype(elements)>>;
+    narrow_to(from, minus, count, add, static_cast<S*>(to));
+  });
 }
 
 // --- down: dot products of rows with the panel's ranks
@@ -142,8 +165,10 @@ REFT_INLINE void down_block(const S* const (&x)[kRows], const S* const* next, in
     add(some, some);
   }
   constexpr int kAtOnce = kSums < kStep ? kSums : kStep;
+  REFT_UNROLL
   for (int first = 0; first < kSums; first += kAtOnce) {
     Vector<T> part[kAtOnce];
+    REFT_UNROLL
     for (int i = 0; i < kAtOnce; ++i) part[i] = sum[first + i];
     const Vector<T> total = sum_lanes<T, kAtOnce>(part);
     for (int i = 0; i < kAtOnce; ++i) {
@@ -219,12 +244,14 @@ REFT_INLINE void up_block(const In* const (&in)[kRows], const In* const (&next)[
       for (int v = 0; v < kVectors; ++v) update[n][v] += factor * a[v];
     }
   }
+  REFT_UNROLL
   for (int n = 0; n < kRows; ++n) {
+    REFT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const In* from = in[n] + j + v * kStep;
       Out* to = out[n] + j + v * kStep;
       const Vector<T> x = kCount > 0 ? load<T>(from) : load_some<T>(from, left);
-      fetch(next[n] + j + v * kStep);
+      if (starts_line<In>(v * kStep)) fetch(next[n] + j + v * kStep);
       const Vector<T> y = Combine::template of<T, In>(x, update[n][v]);
       if constexpr (kCount > 0) {
         store<T>(to, y);
@@ -277,13 +304,17 @@ REFT_INLINE void outer_block(StripIn strip, StripIn next, int rows, int64_t j, i
     for (int v = 0; v < kVectors; ++v) {
       value[v] = kCount > 0 ? load<T>(x + v * kStep) : load_some<T>(x + v * kStep, left);
     }
-    for (int v = 0; v < kFetch; ++v) fetch(at<S>(next, n) + j + v * kStep);
+    for (int v = 0; v < kFetch; ++v) {
+      if (starts_line<S>(v * kStep)) fetch(at<S>(next, n) + j + v * kStep);
+    }
     for (int k = 0; k < kRanks; ++k) {
       const Vector<T> factor = broadcast<Vector<T>>(u[n * u_stride + k]);
       for (int v = 0; v < kVectors; ++v) sum[k][v] += factor * value[v];
     }
   }
+  REFT_UNROLL
   for (int k = 0; k < kRanks; ++k) {
+    REFT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       T* to = sums + k * sums_stride + j + v * kStep;
       if constexpr (kCount > 0) {
@@ -401,9 +432,9 @@ static void drop(StripIn from, StripOut to, Shape shape, const Dropout& dropout)
 
 template <typename T, typename H>
 constexpr Kernels<T> kTable = {
-    &widen<T>,          &narrow<T>,         &down<T, H>,        &down<T, T>,
-    &up<T, H, H, Plus>, &up<T, T, H, Plus>, &up<T, H, T, Plus>, &up<T, H, T, Undo>,
-    &outer<T, H>,       &outer<T, T>,       &drop<T, H, T>,     &drop<T, T, H>,
+    &widen<T>,          &widen_difference<T>, &narrow<T>,         &down<T, H>,        &down<T, T>,
+    &up<T, H, H, Plus>, &up<T, T, H, Plus>,   &up<T, H, T, Plus>, &up<T, H, T, Undo>, &outer<T, H>,
+    &outer<T, T>,       &drop<T, H, T>,       &drop<T, T, H>,
 };
 
 template <>

@@ -81,38 +81,41 @@ class Panels {
   // Where gamma R begins in a `down` panel that is not one product.
   int subtracted_at() const { return has_W_ ? edit_.r : 0; }
 
-  Panel<T> up(int64_t group, int64_t column, int columns, T* memory) const {
-    fill(edit_.R, group, column, columns, false, memory);
-    return {memory, columns, edit_.r};
+  // A strip's panels, in `memory`; for a few rows R itself is taken where it has the type.
+  Panel<T> up(int64_t group, int64_t column, Shape shape, T* memory) const {
+    if (shape.rows <= kFewRows && edit_.R.type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32)) {
+      return {static_cast<const T*>(at(edit_.R, group, 0, column)), edit_.d, edit_.r};
+    }
+    fill(edit_.R, group, column, shape.columns, memory);
+    return {memory, shape.columns, edit_.r};
   }
 
-  Panel<T> down(int64_t group, int64_t column, int columns, T* memory) const {
-    T* to = memory;
-    if (has_W_) {
-      fill(edit_.W, group, column, columns, false, to);
-      if (!edit_.linear()) to += int64_t{edit_.r} * columns;
-    }
-    if (edit_.subtract) {
-      if (edit_.linear() && !has_W_) std::fill(to, to + int64_t{edit_.r} * columns, T(0));
-      fill(edit_.R, group, column, columns, edit_.linear(), to);
+  Panel<T> down(int64_t group, int64_t column, Shape shape, T* memory) const {
+    const int64_t columns = shape.columns;
+    if (edit_.linear() && edit_.subtract) {
+      for (int k = 0; k < edit_.r; ++k) {
+        kernels_.widen_difference(at(edit_.W, group, k, column), edit_.W.type, at(edit_.R, group, k, column),
+                                  edit_.R.type, columns, memory + k * columns);
+      }
+    } else {
+      if (has_W_) fill(edit_.W, group, column, columns, memory);
+      if (edit_.subtract) fill(edit_.R, group, column, columns, memory + subtracted_at() * columns);
     }
     return {memory, columns, down_ranks_};
   }
 
-  // A bias, b or c, of one group: to = bias or to -= bias.
-  void bias(const Weight& weight, int64_t group, bool subtract, T* to) const {
-    if (weight.data == nullptr) return;
-    const char* from = static_cast<const char*>(weight.data) + group * edit_.r * bytes_of(weight.type);
-    kernels_.widen(from, weight.type, edit_.r, subtract, to);
+ private:
+  static constexpr int kFewRows = 8;
+
+  const void* at(const Weight& weight, int64_t group, int64_t k, int64_t column) const {
+    if (weight.data == nullptr) return nullptr;
+    return static_cast<const char*>(weight.data) +
+           ((group * edit_.r + k) * edit_.d + column) * bytes_of(weight.type);
   }
 
- private:
-  void fill(const Weight& weight, int64_t group, int64_t column, int columns, bool subtract, T* to) const {
-    const int64_t row = edit_.d * bytes_of(weight.type);
-    const char* from =
-        static_cast<const char*>(weight.data) + group * edit_.r * row + column * bytes_of(weight.type);
+  void fill(const Weight& weight, int64_t group, int64_t column, int64_t columns, T* to) const {
     for (int k = 0; k < edit_.r; ++k) {
-      kernels_.widen(from + k * row, weight.type, columns, subtract, to + int64_t{k} * columns);
+      kernels_.widen(at(weight, group, k, column), weight.type, columns, to + k * columns);
     }
   }
 
@@ -122,6 +125,17 @@ class Panels {
   int down_ranks_;
 };
 
+// A bias, b or c, of one group: zeros where there is none.
+template <typename T>
+void read_bias(const Edit& edit, const Kernels<T>& kernels, const Weight& bias, int64_t group, T* to) {
+  if (bias.data == nullptr) {
+    std::fill_n(to, edit.r, T(0));
+  } else {
+    kernels.widen(static_cast<const char*>(bias.data) + group * edit.r * bytes_of(bias.type), bias.type,
+                  edit.r, to);
+  }
+}
+
 // scale of a slot; 1 where there is none.
 template <typename T>
 T scale_of(const Edit& edit, const Kernels<T>& kernels, int64_t slot) {
@@ -129,7 +143,7 @@ T scale_of(const Edit& edit, const Kernels<T>& kernels, int64_t slot) {
   if (edit.scale.data != nullptr) {
     const int64_t at = slot / edit.slots * edit.scale.stride[0] + slot % edit.slots * edit.scale.stride[1];
     kernels.widen(static_cast<const char*>(edit.scale.data) + at * bytes_of(edit.scale.type), edit.scale.type,
-                  1, false, &scale);
+                  1, &scale);
   }
   return scale;
 }

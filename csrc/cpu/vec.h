@@ -15,6 +15,13 @@
 
 #define REFT_INLINE static inline __attribute__((always_inline))
 
+// Before a loop over an array of vectors that is to stay in registers.
+#if defined(__clang__)
+#define REFT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define REFT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace reft_kernels::cpu::REFT_KERNELS_ISA {
 
 #if defined(__AVX512F__)
@@ -72,9 +79,30 @@ REFT_INLINE V broadcast(E x) {
   return x - V{};
 }
 
-template <typename M>
-REFT_INLINE M select(M condition, M yes, M no) {
-  return (condition & yes) | (~condition & no);
+// Halves of words, without sign, and back. (Left to themselves compilers take detours to the widest vectors.)
+template <int kCount>
+REFT_INLINE Pack<uint32_t, kCount> widen_halves(const void* from) {
+#if defined(__AVX512F__)
+  if constexpr (kCount == 16)
+    return (Pack<uint32_t, 16>)_mm512_maskz_cvtepu16_epi32(0xffff, load_bits<__m256i>(from));
+#endif
+#if defined(__AVX2__)
+  if constexpr (kCount == 8) return (Pack<uint32_t, 8>)_mm256_cvtepu16_epi32(load_bits<__m128i>(from));
+#endif
+  return __builtin_convertvector(load_bits<Pack<uint16_t, kCount>>(from), Pack<uint32_t, kCount>);
+}
+
+template <int kCount>
+REFT_INLINE void store_low_halves(void* to, Pack<uint32_t, kCount> words) {
+#if defined(__AVX512F__)
+  if constexpr (kCount == 16) {
+    const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
+    std::memcpy(to, &halves, sizeof halves);
+    return;
+  }
+#endif
+  const auto halves = __builtin_convertvector(words, Pack<uint16_t, kCount>);
+  std::memcpy(to, &halves, sizeof halves);
 }
 
 // --- kCount floats from any storage type and back; rounding to the nearest, ties to even
@@ -93,8 +121,7 @@ REFT_INLINE Pack<float, kCount> floats(const double* from) {
 
 template <int kCount>
 REFT_INLINE Pack<float, kCount> floats(const BFloat16* from) {
-  const auto bits = load_bits<Pack<uint16_t, kCount>>(from);
-  return bit_cast<Pack<float, kCount>>(__builtin_convertvector(bits, Pack<uint32_t, kCount>) << 16);
+  return bit_cast<Pack<float, kCount>>(widen_halves<kCount>(from) << 16);
 }
 
 template <int kCount>
@@ -109,9 +136,8 @@ REFT_INLINE Pack<float, kCount> floats(const Float16* from) {
   if constexpr (kCount == 4) return (Pack<float, 4>)vcvt_f32_f16(load_bits<float16x4_t>(from));
 #endif
   using U = Pack<uint32_t, kCount>;
-  using M = Pack<int32_t, kCount>;
   using F = Pack<float, kCount>;
-  const U half = __builtin_convertvector(load_bits<Pack<uint16_t, kCount>>(from), U);
+  const U half = widen_halves<kCount>(from);
   const U magnitude = (half & 0x7fffu) << 13;
   const U exponent = magnitude & (0x7c00u << 13);
   const U normal = magnitude + (112u << 23);
@@ -119,10 +145,8 @@ REFT_INLINE Pack<float, kCount> floats(const Float16* from) {
   // A subnormal is what the number 2^-14 + itself has beyond 2^-14.
   const F least = bit_cast<F>(U{} + (113u << 23));
   const U subnormal = bit_cast<U>(bit_cast<F>(magnitude + (113u << 23)) - least);
-  const U is_special = bit_cast<U>(static_cast<M>(exponent == (0x7c00u << 13)));
-  const U is_subnormal = bit_cast<U>(static_cast<M>(exponent == 0u));
-  return bit_cast<F>(select<U>(is_special, special, select<U>(is_subnormal, subnormal, normal)) |
-                     ((half & 0x8000u) << 16));
+  const U finite = exponent == 0u ? subnormal : normal;
+  return bit_cast<F>((exponent == (0x7c00u << 13) ? special : finite) | ((half & 0x8000u) << 16));
 }
 
 template <int kCount>
@@ -140,10 +164,7 @@ REFT_INLINE void store_floats(BFloat16* to, Pack<float, kCount> v) {
   using U = Pack<uint32_t, kCount>;
   const U bits = bit_cast<U>(v);
   const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const U is_nan = bit_cast<U>(v != v);
-  const auto halves =
-      __builtin_convertvector(select<U>(is_nan, bits | 0x400000u, rounded) >> 16, Pack<uint16_t, kCount>);
-  std::memcpy(to, &halves, sizeof halves);
+  store_low_halves<kCount>(to, (v != v ? bits | 0x400000u : rounded) >> 16);
 }
 
 template <int kCount>
@@ -182,13 +203,9 @@ REFT_INLINE void store_floats(Float16* to, Pack<float, kCount> v) {
   // Adding 2^-1 lets the sum's own rounding cut a subnormal to its bits.
   const U half = U{} + (126u << 23);
   const U subnormal = bit_cast<U>(bit_cast<F>(magnitude) + bit_cast<F>(half)) - half;
-  const U is_subnormal = bit_cast<U>(magnitude < (113u << 23));
-  const U is_large = bit_cast<U>(magnitude >= (143u << 23));
-  const U is_nan = bit_cast<U>(v != v);
-  const U large = select<U>(is_nan, U{} + 0x7e00u, U{} + 0x7c00u);
-  const U half_bits = select<U>(is_large, large, select<U>(is_subnormal, subnormal, normal)) | (sign >> 16);
-  const auto halves = __builtin_convertvector(half_bits, Pack<uint16_t, kCount>);
-  std::memcpy(to, &halves, sizeof halves);
+  const U large = v != v ? U{} + 0x7e00u : U{} + 0x7c00u;
+  const U small = magnitude < (113u << 23) ? subnormal : normal;
+  store_low_halves<kCount>(to, (magnitude >= (143u << 23) ? large : small) | (sign >> 16));
 }
 
 // --- vectors of the accumulator's type from any storage type and back
@@ -219,7 +236,7 @@ REFT_INLINE void store(S* to, Vector<T> v) {
 template <typename T, typename S>
 REFT_INLINE Vector<T> load_some(const S* from, int count) {
   S some[kLanes<T>] = {};
-  for (int i = 0; i < count; ++i) some[i] = from[i];
+  std::memcpy(some, from, static_cast<size_t>(count) * sizeof(S));
   return load<T>(some);
 }
 
@@ -227,7 +244,7 @@ template <typename T, typename S>
 REFT_INLINE void store_some(S* to, Vector<T> v, int count) {
   S some[kLanes<T>];
   store<T>(some, v);
-  for (int i = 0; i < count; ++i) to[i] = some[i];
+  std::memcpy(to, some, static_cast<size_t>(count) * sizeof(S));
 }
 
 // As if stored as an S and loaded.
