@@ -18,9 +18,11 @@ constexpr double kL1Bytes = 64;
 constexpr double kL2Bytes = 25;
 constexpr double kMemoryBytes = 13;
 constexpr double kFmas = 128;
-constexpr double kMmaFmas = 512;
-constexpr double kSplitWords = 10;      // of two weights each, into bfloat16 parts
-constexpr double kClusterCycles = 500;  // to exchange sums
+constexpr double kMmaFmas = 1024;
+constexpr double kFetchCycles = 600;    // from asking L2 for weights to having them
+constexpr double kBlockCycles = 2000;   // to find the slots, have their rows, add up the warps and store
+constexpr double kClusterCycles = 400;  // to add up a cluster's blocks,
+constexpr double kPeerCycles = 50;      // for each of them
 
 std::string name_of(DType type) {
   switch (type) {
@@ -62,32 +64,63 @@ std::string refusal_of(const Edit& e, const Device& device) {
   return "";
 }
 
-// Cycles that a plan takes, were memory and arithmetic all it did.
+double times_in(double part, double whole) {
+  return std::ceil(whole / part);
+}
+
+// How many times a warp asks for weights and waits for them.
+double fetches_of(const Edit& e, const Plan& plan, int64_t columns) {
+  if (plan.kernel == Kernel::kForwardMma) {
+    const double times = times_in(kMmaColumns * (plan.threads / 32), static_cast<double>(columns));
+    return times * std::max(plan.rank_tile / 16.0, 0.5);  // twice that many, each fetched one ahead
+  }
+  const double times = times_in(plan.threads * 16 / bytes_of(e.h_type), static_cast<double>(columns));
+  return times * (times_in(plan.rank_tile, e.r) + times_in(4, e.r));
+}
+
+// Blocks that a multiprocessor holds at once.
+double resident_blocks(const Edit& e, const Device& device, const Plan& plan) {
+  constexpr int kRegisters = 65536, kReservedBytes = 1024;
+  const bool slim = plan.kernel == Kernel::kForwardMma
+                        ? plan.rank_tile <= 16
+                        : e.linear() && plan.rank_tile <= (e.h_type == DType::kFloat32 ? 4 : 1);
+  const int by_registers = kRegisters / (plan.threads * (slim ? 128 : 224));
+  const int by_memory = (device.shared_bytes + kReservedBytes) / (plan.shared_bytes + kReservedBytes);
+  return std::max(1, std::min(by_registers, by_memory));
+}
+
+// Cycles that a plan takes: what the busiest part of the GPU needs for all blocks, or what it takes for all
+// to have had their turn, if that is longer.
 double cycles_of(const EditForwardParams& params, const Device& device, const Plan& plan, bool staged) {
   const Edit& e = params.edit;
-  const bool mma = plan.kernel == Kernel::kForwardMma;
   const double size = bytes_of(e.h_type), N = static_cast<double>(e.rows()), d = static_cast<double>(e.d);
   const double columns = d / plan.cluster, sms = device.multiprocessors;
   const double weights = columns * e.r;
-  const bool reads_W = e.W.data, reads_R = e.subtract;
   const double weight_bytes =
-      weights * ((reads_W ? bytes_of(e.W.type) : 0) + (reads_R ? 2 : 1) * bytes_of(e.R.type));
-  const double block_bytes =
-      weight_bytes + plan.tile_rows * columns * size * ((staged ? 2 : 3) + (params.rows ? 1 : 0));
+      weights * ((e.W.data ? bytes_of(e.W.type) : 0) + (e.subtract ? 2 : 1) * bytes_of(e.R.type));
+  const double row_bytes =
+      std::min<double>(plan.tile_rows, N) * columns * size * ((staged ? 2 : 3) + (params.rows ? 1 : 0));
   const double products = products_of(e.linear()) + 1;
-  double block_cycles = plan.tile_rows * weights * products / kFmas;
-  if (mma) {
-    // A weight in float32 is three parts in the sums and two, with two of u, when they are applied.
-    const double parts = e.R.type == DType::kFloat32 ? 3 : 2;
-    const double padded = columns * plan.rank_tile;
-    block_cycles =
-        plan.tile_rows * padded * products * parts / kMmaFmas + padded / 2 * products * kSplitWords / kFmas;
+  double multiplying = plan.tile_rows * weights * products / kFmas;
+  if (plan.kernel == Kernel::kForwardMma) {
+    // The parts that a weight is taken into, and the operations that it costs.
+    const double parts = e.R.type == DType::kFloat32 ? 3 : 2,
+                 operations = e.R.type == DType::kFloat32 ? 6 : 2;
+    const double padded = columns * plan.rank_tile * products;
+    multiplying = plan.tile_rows * padded * parts / kMmaFmas + padded * operations / kFmas;
   }
-  const double waves = std::ceil(static_cast<double>(plan.blocks) / sms);
+  const double fetching = (weight_bytes + row_bytes) / kL1Bytes;
+  const double waiting = fetches_of(e, plan, slice_columns(e.d, plan.cluster)) * kFetchCycles;
+  const double exchanging = plan.cluster > 1 ? kClusterCycles + kPeerCycles * plan.cluster : 0;
+  const double turn = kBlockCycles + fetching + multiplying + waiting + exchanging;
+
+  const double blocks = static_cast<double>(plan.blocks);
+  const double turns = std::ceil(blocks / (sms * resident_blocks(e, device, plan)));
   const double memory = N * d * size * 2 / (kMemoryBytes * sms);
-  const double l2 = static_cast<double>(plan.blocks) * block_bytes / (kL2Bytes * sms);
-  return std::max({memory, l2, waves * block_bytes / kL1Bytes, waves * block_cycles}) +
-         (plan.cluster > 1 ? kClusterCycles : 0);
+  const double l2 = blocks * (weight_bytes + row_bytes) / (kL2Bytes * sms);
+  const double busiest = std::ceil(blocks / sms) * std::max(fetching, multiplying);
+  return std::max({memory, l2, busiest, turns * turn}) +
+         turn / 100;  // of equals the one with the shorter blocks
 }
 
 class Chooser {
@@ -98,19 +131,25 @@ class Chooser {
   // Takes the candidate if it fits the device and beats those before.
   void offer(Kernel kernel, int tile_rows, int rank_tile, int cluster) {
     const Edit& e = params_.edit;
+    const bool mma = kernel == Kernel::kForwardMma;
+    const int64_t tiles = (e.rows() + tile_rows - 1) / tile_rows;
+    // Clusters are for tiles that leave multiprocessors idle; pairs, also for tiles that leave no room for a
+    // second one.
+    if (cluster > (mma ? 2 : 1) && tiles * (cluster / 2) >= device_.multiprocessors) return;
     Plan plan;
     plan.kernel = kernel;
     plan.tile_rows = tile_rows;
     plan.rank_tile = rank_tile;
     plan.cluster = cluster;
-    plan.blocks = (e.rows() + tile_rows - 1) / tile_rows * cluster;
+    plan.blocks = tiles * cluster;
     plan.threads = threads_for(slice_columns(e.d, cluster), kernel);
     if (plan.blocks > INT32_MAX) return;
     bool staged = vectors_;
     plan.shared_bytes = shared_bytes(plan, staged);
     if (staged && plan.shared_bytes > device_.shared_bytes) {
-      // Rows that do not fit are read from L2 a second time. Blocks of the cluster kernel have no such way.
-      if (kernel == Kernel::kForwardCluster) return;
+      // Where no tile's rows fit they are read twice: by the mma kernel as ever, by the rows kernel in single
+      // elements.
+      if (!mma && (found_ || cluster > 1)) return;
       staged = false;
       plan.shared_bytes = shared_bytes(plan, false);
     }
@@ -174,12 +213,23 @@ Plan plan_edit_forward(const EditForwardParams& params, const Device& device) {
   Chooser chooser(params, device);
   const bool multiplies = e.W.data || e.subtract;
   const bool clusters = device.capability >= 90 && chooser.vectors() && multiplies && e.d >= 512;
+  const int widest = clusters ? 8 : 1;
   for (int rows = 1; rows <= 8; rows *= 2) {
     const int rank_tile = !e.linear() ? 4 : e.r == 1 ? 1 : e.r <= 4 || rows == 8 ? 4 : 8;
     if (rows > max_tile_rows(e.linear(), rank_tile)) break;
     chooser.offer(Kernel::kForwardRows, rows, rank_tile, 1);
-    for (int cluster = 2; clusters && cluster <= 8; cluster *= 2) {
-      chooser.offer(Kernel::kForwardCluster, rows, rank_tile == 1 ? 4 : rank_tile, cluster);
+    for (int cluster = 2; cluster <= widest; cluster *= 2) {
+      chooser.offer(Kernel::kForwardCluster, rows, std::max(rank_tile, 4), cluster);
+    }
+  }
+  // Every group of a tile costs it a pass over its weights; beyond a few of them, rows that are taken one by
+  // one cost less.
+  constexpr int kMostMmaGroups = 4;
+  if (is_half(e.h_type) && chooser.vectors() && e.d > 0 && e.d % kMmaColumns == 0 &&
+      e.groups <= kMostMmaGroups) {
+    const int rank_tile = e.r <= 8 ? 8 : e.r <= 16 ? 16 : e.r <= 32 ? 32 : 64;
+    for (int cluster = 1; cluster <= widest; cluster *= 2) {
+      chooser.offer(Kernel::kForwardMma, kMmaRows, rank_tile, cluster);
     }
   }
   Plan plan = chooser.best();

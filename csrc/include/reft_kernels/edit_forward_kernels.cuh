@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "reft_kernels/edit_forward_mma.cuh"
 #include "reft_kernels/edit_forward_rows.cuh"
 
 namespace reft_kernels {
@@ -19,14 +20,31 @@ ForwardKernel forward_rows_kernel(bool linear, int rank_tile) {
   return &edit_forward_rows<H, TR, TW, true, 4, kCluster>;
 }
 
+template <typename H, typename TR, typename TW, bool kLinear>
+ForwardKernel forward_mma_kernel(int rank_tile) {
+  switch (rank_tile) {
+    case 8:
+      return &edit_forward_mma<H, TR, TW, kLinear, 8>;
+    case 16:
+      return &edit_forward_mma<H, TR, TW, kLinear, 16>;
+    case 32:
+      return &edit_forward_mma<H, TR, TW, kLinear, 32>;
+    default:
+      return &edit_forward_mma<H, TR, TW, kLinear, 64>;
+  }
+}
+
 template <typename H, typename TR, typename TW>
 ForwardKernel forward_kernel(const Edit& e, const Plan& plan) {
-  switch (plan.kernel) {
-    case Kernel::kForwardCluster:
-      return forward_rows_kernel<H, TR, TW, true>(e.linear(), plan.rank_tile);
-    default:
-      return forward_rows_kernel<H, TR, TW, false>(e.linear(), plan.rank_tile);
+  if constexpr (sizeof(H) == 2) {
+    if (plan.kernel == Kernel::kForwardMma) {
+      return e.linear() ? forward_mma_kernel<H, TR, TW, true>(plan.rank_tile)
+                        : forward_mma_kernel<H, TR, TW, false>(plan.rank_tile);
+    }
   }
+  return plan.kernel == Kernel::kForwardCluster
+             ? forward_rows_kernel<H, TR, TW, true>(e.linear(), plan.rank_tile)
+             : forward_rows_kernel<H, TR, TW, false>(e.linear(), plan.rank_tile);
 }
 
 // Calls launch(kernel, tile) with the kernel of a plan for rows of type H, which R and W are of too, or

@@ -7,106 +7,39 @@
 // Weights are read once in `sums` and once in `apply` for all slots of the tile that share a group.
 #pragma once
 
-#include "reft_kernels/activation.h"
-#include "reft_kernels/edit_forward_tile.h"
-#include "reft_kernels/tiles.cuh"
+#include "reft_kernels/edit_forward_block.cuh"
 
 namespace reft_kernels {
 
-// What delta and s are made of: the products of a row with the weights, for one rank.
-struct DeltaTerms {
-  float delta, s;
-};
-
-// `product`: A h, or W h and R h.
-template <bool kLinear>
-REFT_DEVICE DeltaTerms delta_of(const Edit& e, int64_t group, int k,
-                                const float (&product)[kLinear ? 1 : 2]) {
-  const int64_t i = group * e.r + k;
-  const float b = e.b.data ? float_at(e.b.data, e.b.type, i) : 0.0f;
-  const float c = e.subtract && e.c.data ? float_at(e.c.data, e.c.type, i) : 0.0f;
-  if constexpr (kLinear) {
-    return {product[0] + (b - c), 0.0f};
-  } else {
-    const float s = product[0] + b;
-    const float f = activate(s, e.activation);
-    return {e.subtract ? f - (product[1] + c) : f, s};
-  }
-}
-
 template <typename H, typename TR, typename TW, bool kLinear, int kRankTile, bool kCluster>
-struct ForwardRows {
-  static constexpr int kProducts = kLinear ? 1 : 2;
+struct ForwardRows : ForwardBlock<kLinear, max_tile_rows(kLinear, kRankTile)> {
   static constexpr int kRows = max_tile_rows(kLinear, kRankTile);
+  static constexpr int kProducts = products_of(kLinear);
   static constexpr int kSums = kRows * kRankTile;  // of one product
   static constexpr int kVector = kElementsIn16Bytes<H>;
-  static_assert(kSums <= 32 && sizeof(Slot) <= kSlotBytes);
+  static_assert(kSums <= 32);
 
-  const EditForwardParams& p;
-  const Edit& e;
-  const ForwardTile& tile;
-  const int thread, threads, warps;
-  const ForwardShared at;
-  Slot* const slots;
+  using Block = ForwardBlock<kLinear, kRows>;
+  using Block::begin;
+  using Block::e;
+  using Block::end;
+  using Block::first;
+  using Block::p;
+  using Block::partial;
+  using Block::ranks;
+  using Block::slots;
+  using Block::thread;
+  using Block::threads;
+  using Block::tile;
+  using Block::u;
+
   uint64_t* const barrier;
-  float *const partial, *const exchange, *const u;
-  H* const stash;   // [rows, slice]
-  const int ranks;  // r, padded
-  int64_t first;    // slot of the tile
-  int rows;         // slots of the tile
-  int begin, end;   // columns of the block
+  H* const stash;  // [rows, slice]
 
   REFT_DEVICE ForwardRows(const EditForwardParams& params, const ForwardTile& forward_tile, char* shared)
-      : p(params),
-        e(params.edit),
-        tile(forward_tile),
-        thread(static_cast<int>(threadIdx.x)),
-        threads(static_cast<int>(blockDim.x)),
-        warps(threads / 32),
-        at(forward_shared(tile.rows, kProducts, padded_ranks(e.r), warps, tile.cluster, 0)),
-        slots(reinterpret_cast<Slot*>(shared + at.slots)),
-        barrier(reinterpret_cast<uint64_t*>(shared + at.barrier)),
-        partial(reinterpret_cast<float*>(shared + at.partial)),
-        exchange(reinterpret_cast<float*>(shared + at.exchange)),
-        u(reinterpret_cast<float*>(shared + at.u)),
-        stash(reinterpret_cast<H*>(shared + at.stash)),
-        ranks(padded_ranks(e.r)) {
-    const unsigned cluster = kCluster ? tile.cluster : 1;
-    first = static_cast<int64_t>(blockIdx.x / cluster) * tile.rows;
-    const int64_t left = e.rows() - first;
-    rows = left < tile.rows ? static_cast<int>(left) : tile.rows;
-    begin = 0;
-    end = static_cast<int>(e.d);
-    if constexpr (kCluster) {
-      begin = static_cast<int>(blockIdx.x % cluster) * tile.slice;
-      if (begin > end) begin = end;
-      if (end - begin > tile.slice) end = begin + tile.slice;
-    }
-  }
-
-  // Where not, delta is a bias alone.
-  REFT_DEVICE bool multiplies() const { return e.W.data || e.subtract; }
-
-  REFT_DEVICE unsigned live_slots() const {
-    unsigned live = 0;
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-      if (m < rows && slots[m].live) live |= 1u << m;
-    }
-    return live;
-  }
-
-  // Of the slots in `left` those of the first one's group, which is returned in `group`.
-  REFT_DEVICE unsigned next_group(unsigned left, int64_t& group) const {
-    unsigned mine = 0;
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-      if (!(left >> m & 1)) continue;
-      if (!mine) group = slots[m].group;
-      if (slots[m].group == group) mine |= 1u << m;
-    }
-    return mine;
-  }
+      : Block(params, forward_tile, shared, padded_ranks(params.edit.r), kCluster),
+        barrier(reinterpret_cast<uint64_t*>(shared + Block::at.barrier)),
+        stash(reinterpret_cast<H*>(shared + Block::at.stash)) {}
 
   // --- stage
 
@@ -224,7 +157,7 @@ struct ForwardRows {
     sum_over_lanes<kCount>(sum, lane);
     const int value = lane * kCount / 32, m = value / kRankTile, k = k0 + value % kRankTile;
     if (lane % (32 / kCount) == 0 && k < e.r && (mine >> m & 1)) {
-      partial[((thread / 32 * tile.rows + m) * kProducts + product) * ranks + k] = sum[0];
+      partial[Block::place_of(thread / 32, m, product, k)] = sum[0];
     }
   }
 
@@ -233,70 +166,11 @@ struct ForwardRows {
     bool waited = false;
     int64_t group = 0;
     for (unsigned left = live, mine; left; left &= ~mine) {
-      mine = next_group(left, group);
+      mine = Block::next_group(left, group);
       const int64_t offset = group * e.r * e.d;
       const TR* R = static_cast<const TR*>(e.R.data) + offset;
       const TW* W = e.W.data ? static_cast<const TW*>(e.W.data) + offset : nullptr;
       for (int k0 = 0; k0 < e.r; k0 += kRankTile) sum_ranks<kColumns>(R, W, k0, mine, waited);
-    }
-  }
-
-  // --- delta
-
-  // The sum over warps, in their order.
-  REFT_DEVICE float block_sum(int m, int product, int k) const {
-    float total = 0.0f;
-    for (int w = 0; w < warps; ++w) total += partial[((w * tile.rows + m) * kProducts + product) * ranks + k];
-    return total;
-  }
-
-  // Gives every block of the cluster this one's sums.
-  REFT_DEVICE void exchange_sums(unsigned live, unsigned rank) const {
-    cluster_wait();  // the others have begun: their shared memory is there
-    for (int i = thread; i < rows * kProducts * e.r; i += threads) {
-      const int k = i % e.r, product = i / e.r % kProducts, m = i / e.r / kProducts;
-      if (!(live >> m & 1)) continue;
-      const float total = block_sum(m, product, k);
-      float* place = exchange + ((static_cast<int>(rank) * tile.rows + m) * kProducts + product) * ranks + k;
-      for (int other = 0; other < tile.cluster; ++other)
-        cluster_store(place, static_cast<unsigned>(other), total);
-    }
-    sync_warp();
-    cluster_arrive();
-    cluster_wait();
-  }
-
-  REFT_DEVICE float whole_sum(int m, int product, int k) const {
-    if constexpr (kCluster) {
-      float total = 0.0f;
-      for (int other = 0; other < tile.cluster; ++other) {
-        total += exchange[((other * tile.rows + m) * kProducts + product) * ranks + k];
-      }
-      return total;
-    } else {
-      return block_sum(m, product, k);
-    }
-  }
-
-  REFT_DEVICE void store_delta(unsigned live, bool stores) const {
-    for (int i = thread; i < rows * ranks; i += threads) {
-      const int k = i % ranks, m = i / ranks;
-      DeltaTerms terms{0.0f, 0.0f};
-      float scaled = 0.0f;
-      if (k < e.r && (live >> m & 1)) {
-        float product[kProducts] = {};
-        if (multiplies()) {
-#pragma unroll
-          for (int j = 0; j < kProducts; ++j) product[j] = whole_sum(m, j, k);
-        }
-        terms = delta_of<kLinear>(e, slots[m].group, k, product);
-        scaled = slots[m].scale * terms.delta;
-      }
-      u[m * ranks + k] = scaled;
-      if (k < e.r && stores) {
-        static_cast<float*>(p.delta)[(first + m) * e.r + k] = terms.delta;
-        if constexpr (!kLinear) static_cast<float*>(p.s)[(first + m) * e.r + k] = terms.s;
-      }
     }
   }
 
@@ -352,37 +226,33 @@ struct ForwardRows {
     wait_for_rows();
     int64_t group = 0;
     for (unsigned left = live, mine; left; left &= ~mine) {
-      mine = next_group(left, group);
+      mine = Block::next_group(left, group);
       apply_group<kColumns>(static_cast<const TR*>(e.R.data) + group * e.r * e.d, mine);
     }
   }
 
   template <int kColumns>
-  REFT_DEVICE void copy_idle_rows(unsigned live) const {
-    for (int m = 0; m < rows; ++m) {
-      if (live >> m & 1) continue;
-      const H* from = row_of<H>(p.h, slots[m]);
-      H* to = row_of<H>(p.y, slots[m]);
-      for (int j = begin + thread * kColumns; j < end; j += threads * kColumns) {
-        store_fetched<kColumns>(to + j, fetch<kColumns>(from + j));
-      }
-    }
-  }
-
-  template <int kColumns>
   REFT_DEVICE void run(unsigned live, unsigned rank) const {
-    if (multiplies()) sum_groups<kColumns>(live);
+    const bool multiplies = Block::multiplies();
+    if (multiplies) sum_groups<kColumns>(live);
     sync_block();
-    if constexpr (kCluster) exchange_sums(multiplies() ? live : 0, rank);
-    store_delta(live, rank == 0);
+    if constexpr (kCluster) Block::exchange_sums(multiplies ? live : 0, rank);
+    Block::find_delta(live, kCluster, rank == 0);
     sync_block();
     apply_groups<kColumns>(live);
-    if (p.copy_idle) copy_idle_rows<kColumns>(live);
+    if (p.copy_idle) Block::template copy_idle_rows<kColumns, H>(live);
   }
 };
 
+// Blocks of a multiprocessor: two where the registers suffice, so that one waits for its rows while the other
+// computes.
+template <typename H>
+constexpr int forward_rows_blocks(bool linear, int rank_tile) {
+  return linear && (rank_tile == 1 || (rank_tile == 4 && sizeof(H) == 4)) ? 2 : 1;
+}
+
 template <typename H, typename TR, typename TW, bool kLinear, int kRankTile, bool kCluster>
-REFT_KERNEL(256, 1)
+REFT_KERNEL(256, forward_rows_blocks<H>(kLinear, kRankTile))
 edit_forward_rows(REFT_GRID_CONSTANT EditForwardParams params, REFT_GRID_CONSTANT ForwardTile tile) {
   using Rows = ForwardRows<H, TR, TW, kLinear, kRankTile, kCluster>;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -396,7 +266,7 @@ edit_forward_rows(REFT_GRID_CONSTANT EditForwardParams params, REFT_GRID_CONSTAN
     sync_warp();
     cluster_arrive();
   }
-  if (task.thread < task.rows) task.slots[task.thread] = find_slot(task.e, task.first + task.thread);
+  task.find_slots();
   sync_block();
   const unsigned live = task.live_slots();
   task.stage(live);
