@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "edit_refusal.h"
 #include "reft_kernels/edit_backward_tile.h"
 #include "reft_kernels/edit_plan.h"
 
@@ -15,34 +16,24 @@ namespace {
 // Slabs are narrow as long as about so many blocks share them: the multiprocessors of the GPUs at hand.
 constexpr int64_t kUsualBlocks = 132;
 
-constexpr int kMaxRowsRank = 8;  // above, tensor cores multiply what they can
-
-bool is_float(DType type) {
-  return type == DType::kFloat32 || is_half(type);
-}
+// The highest rank for which CUDA cores keep up with the memory where the cache holds all, and where it does
+// not.
+constexpr int kMaxRowsRank = 8, kMaxRowsRankOfMany = 4;
+constexpr int64_t kManySlots = 2048;
 
 std::string refusal_of(const EditBackwardParams& p, const Device& device) {
   const Edit& e = p.edit;
-  if (device.capability < 80) {
-    return "needs compute capability 8.0 or newer, the device has " + std::to_string(device.capability / 10) +
-           "." + std::to_string(device.capability % 10);
-  }
-  if (e.d < 1) return "takes rows of one element or more";
-  if (e.r < 1 || e.r > kMaxBackwardRank) return "takes ranks 1 to 64, got " + std::to_string(e.r);
-  const bool R_taken = e.R.type == DType::kFloat32 || e.R.type == e.h_type;
-  if (!is_float(e.h_type) || !R_taken || (e.W.data && !is_float(e.W.type)) ||
-      e.accumulator != DType::kFloat32) {
-    return "takes h, R and W in float32, bfloat16 or float16, R in float32 or the type of h";
-  }
   const int64_t items = (e.d + 15) / 16 * e.groups;
   if (std::max({e.batch, e.length, e.slots, e.rows(), e.d, items}) > kMaxSlots) {
-    return "takes sizes up to 2^29: batch, length, d, slots, and groups times d / 16";
+    return "takes batch, length, slots, d, and groups times d / 16 up to 2^29";
   }
-  return "";
+  if (e.d < 1) return "takes rows of one element or more";
+  return refusal_of(e, device);
 }
 
 Kernel kernel_of(const EditBackwardParams& p) {
-  const bool mma = is_half(p.edit.h_type) && p.edit.r > kMaxRowsRank && backward_vectors(p);
+  const int most = p.edit.rows() < kManySlots ? kMaxRowsRank : kMaxRowsRankOfMany;
+  const bool mma = is_half(p.edit.h_type) && p.edit.r > most && backward_vectors(p);
   return mma ? Kernel::kBackwardMma : Kernel::kBackwardRows;
 }
 

@@ -33,7 +33,10 @@ BackwardKernel backward_rows_kernel(const Edit& e, const BackwardTile& tile) {
 
 template <typename H, typename TR, int kRanks>
 BackwardKernel backward_mma_kernel(int slab) {
-  return slab == 64 ? &edit_backward_mma<H, TR, kRanks, 64> : &edit_backward_mma<H, TR, kRanks, 32>;
+  if constexpr (std::is_same_v<H, BFloat16> || kRanks < 64) {
+    if (slab == 64) return &edit_backward_mma<H, TR, kRanks, 64>;
+  }
+  return &edit_backward_mma<H, TR, kRanks, 32>;
 }
 
 template <typename H, typename TR>

@@ -38,11 +38,11 @@ REFT_DEVICE void set_word(Fragment<kParts, kWords>& to, int word, uint32_t pair)
   }
 }
 
-template <int kLeft, int kRight>
+// sum += left right, of the products those of size 2^(-8 (kParts - 1)) and more.
+template <int kParts, int kLeft, int kRight>
 REFT_DEVICE void multiply(float (&sum)[4], const Fragment<kLeft, 4>& left, const Fragment<kRight, 2>& right) {
-  constexpr int kMost = kLeft > kRight ? kLeft : kRight;
 #pragma unroll
-  for (int size = kMost - 1; size >= 0; --size) {  // the small ones first
+  for (int size = kParts - 1; size >= 0; --size) {  // the small ones first
 #pragma unroll
     for (int i = 0; i < kLeft; ++i) {
       if (size - i >= 0 && size - i < kRight) mma_16x8x16<BFloat16>(sum, left.part[i], right.part[size - i]);
@@ -56,7 +56,6 @@ template <typename H, typename TR, int kRanks, int kSlab>
 struct BackwardMma {
   static constexpr int kRowParts = std::is_same_v<H, BFloat16> ? 1 : 2;      // of grad and x
   static constexpr int kRParts = std::is_same_v<TR, float> ? 3 : kRowParts;  // of R in phase 1
-  static constexpr int kSumParts = std::is_same_v<TR, float> ? 3 : 2;        // of gs, gd and delta
   static constexpr int kUpParts = 2;                                         // of all that is for dh
   static constexpr int kRankTiles = kRanks / 16, kSharers = kBackwardWarps / kRankTiles;
   static constexpr int kTiles = kSlab / 8;
@@ -128,82 +127,62 @@ struct BackwardMma {
     }
   }
 
-  REFT_DEVICE void load_rows(const H* const (&from)[2], int j, Vector16 (&to)[2]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) to[i] = from[i] && j < e.d ? load_16(from[i] + j) : Vector16{{0, 0, 0, 0}};
-  }
-
   REFT_DEVICE void project_group(int first, int group) const {
-    const H* rows[2] = {nullptr, nullptr};
+    const H* rows[2];
     SlabSlot slots[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       slots[i] = project_slots()[row + 8 * i];
       const H* from = static_cast<const H*>(p.grad.data) + row_offset(p.grad.stride, slots[i]);
-      if (slots[i].group == group) rows[i] = from;
+      rows[i] = slots[i].group == group ? from : nullptr;
     }
     const TR* R = static_cast<const TR*>(e.R.data) + static_cast<int64_t>(group) * e.r * e.d;
     float sum[kRanks / 8][4] = {};
-    Vector16 ahead[2];
-    load_rows(rows, warp * 32 + quad * 8, ahead);
-#pragma unroll 1
-    for (int first_column = warp * 32; first_column < e.d; first_column += kBackwardWarps * 32) {
-      const int j = first_column + quad * 8;
-      Vector16 g[2] = {ahead[0], ahead[1]};
-      load_rows(rows, j + kBackwardWarps * 32, ahead);
-      if (e.seed) {
+    [[maybe_unused]] constexpr int kAtOnce = 64 / kRanks;  // steps whose loads are few enough registers
+#pragma unroll kAtOnce
+    for (int step = warp; step * 16 < e.d; step += kBackwardWarps) {
+      const int j = step * 16 + quad * 4;
+      Fragment<kRowParts, 4> left;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (rows[i] && j < e.d) g[i] = drop(slots[i], j, g[i]);
-        }
-      }
-      Fragment<kRowParts, 4> left[2];
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          set_word<H>(left[step], word, g[word % 2].word[2 * step + word / 2]);
-        }
+      for (int i = 0; i < 2; ++i) {
+        Vector8 g{{0, 0}};
+        if (rows[i] && j < e.d) g = load_8(rows[i] + j);
+        if (e.seed && rows[i]) drop(slots[i], j, g);
+        set_word<H>(left, i, g.word[0]);
+        set_word<H>(left, 2 + i, g.word[1]);
       }
 #pragma unroll
       for (int t = 0; t < kRanks / 8; ++t) {
         const int k = 8 * t + row;
-        Fragment<kRParts, 2> right[2];
+        Fragment<kRParts, 2> right;
         load_R(R + static_cast<int64_t>(k) * e.d + j, k < e.r && j < e.d, right);
-#pragma unroll
-        for (int step = 0; step < 2; ++step) multiply(sum[t], left[step], right[step]);
+        multiply<3>(sum[t], left, right);
       }
     }
     store_ranks(first, group, sum);
   }
 
-  // Eight columns of one rank, four for each step.
-  REFT_DEVICE static void load_R(const TR* from, bool inside, Fragment<kRParts, 2> (&to)[2]) {
+  // Four columns of one rank.
+  REFT_DEVICE static void load_R(const TR* from, bool inside, Fragment<kRParts, 2>& to) {
     if constexpr (std::is_same_v<TR, float>) {
-      float R[8] = {};
+      float R[4] = {};
       if (inside) load_floats(from, R);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) set_word(to[i / 2], i % 2, R[2 * i], R[2 * i + 1]);
+      set_word(to, 0, R[0], R[1]);
+      set_word(to, 1, R[2], R[3]);
     } else {
-      const Vector16 R = inside ? load_16(from) : Vector16{{0, 0, 0, 0}};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) set_word<TR>(to[i / 2], i % 2, R.word[i]);
+      const Vector8 R = inside ? load_8(from) : Vector8{{0, 0}};
+      set_word<TR>(to, 0, R.word[0]);
+      set_word<TR>(to, 1, R.word[1]);
     }
   }
 
-  REFT_DEVICE Vector16 drop(const SlabSlot& slot, int j, Vector16 value) const {
+  REFT_DEVICE void drop(const SlabSlot& slot, int j, Vector8& value) const {
     const uint64_t number = static_cast<uint64_t>(slot.batch * e.length + slot.position);
+    const PhiloxBlock block = philox(static_cast<uint64_t>(*e.seed), number, static_cast<uint32_t>(j >> 2));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const PhiloxBlock block =
-          philox(static_cast<uint64_t>(*e.seed), number, static_cast<uint32_t>((j >> 2) + half));
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        if ((block.word[c] >> 1) < e.keep_threshold)
-          value.word[2 * half + c / 2] &= c % 2 ? 0xffffu : 0xffff0000u;
-      }
+    for (int c = 0; c < 4; ++c) {
+      if ((block.word[c] >> 1) < e.keep_threshold) value.word[c / 2] &= c % 2 ? 0xffffu : 0xffff0000u;
     }
-    return value;
   }
 
   // gd and gs of a group's slots, from the warps' sums.
@@ -307,13 +286,25 @@ struct BackwardMma {
   REFT_DEVICE void sum_tile(int i) {
     const int sharer = warp / kRankTiles, rank = warp % kRankTiles * 16 + row;
     const int first = (sharer - (stream.begin + i * tile.slots) / 16) & (kSharers - 1);
+    const bool precise = needs_precision(p.dR) || needs_precision(p.dW);
 #pragma unroll 1
-    for (int sub = first; sub < tile.slots / 16; sub += kSharers) add_slots(i, sub * 16, rank);
+    for (int sub = first; sub < tile.slots / 16; sub += kSharers) {
+      if (precise) {
+        add_slots<3>(i, sub * 16, rank);
+      } else {
+        add_slots<2>(i, sub * 16, rank);
+      }
+    }
   }
 
+  REFT_DEVICE static bool needs_precision(const WeightGradient& gradient) {
+    return gradient.data && !is_half(gradient.type);
+  }
+
+  template <int kParts>
   REFT_DEVICE void add_slots(int i, int first, int rank) {
     const SlabSlot* slots = stream.table(i) + first;
-    Fragment<kSumParts, 4> gs, gd, u;
+    Fragment<kParts, 4> gs, gd, u;
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {  // slots 2 quad and 2 quad + 1, and those 8 further on
       const int slot = 2 * quad + 8 * pair;
@@ -348,14 +339,14 @@ struct BackwardMma {
         load_columns(stream.x_row(i, first), block, right);
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
-          multiply(dW[4 * block + t], gs, right[t]);
-          if (cross) multiply(dR[4 * block + t], gd, right[t]);
+          multiply<kParts>(dW[4 * block + t], gs, right[t]);
+          if (cross) multiply<kParts>(dR[4 * block + t], gd, right[t]);
         }
       }
       if (p.dR.data) {
         load_columns(stream.grad_row(i, first), block, right);
 #pragma unroll
-        for (int t = 0; t < 4; ++t) multiply(dR[4 * block + t], u, right[t]);
+        for (int t = 0; t < 4; ++t) multiply<kParts>(dR[4 * block + t], u, right[t]);
       }
     }
   }
@@ -412,7 +403,7 @@ struct BackwardMma {
   // sum += u weight, u being factor * from[slot], of which there are 16.
   REFT_DEVICE void add_up(const float* from, const float (&factor)[2], const bool (&own)[2], int which,
                           int block, float (&sum)[4][4]) const {
-#pragma unroll
+#pragma unroll 1
     for (int step = 0; step < kRankTiles; ++step) {
       Fragment<kUpParts, 4> left;
 #pragma unroll
@@ -434,7 +425,7 @@ struct BackwardMma {
           right.part[i][0] = words.word[0];
           right.part[i][1] = words.word[1];
         }
-        multiply(sum[t], left, right);
+        multiply<kUpParts>(sum[t], left, right);
       }
     }
   }

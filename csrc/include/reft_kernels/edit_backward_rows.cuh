@@ -244,7 +244,7 @@ struct BackwardRows {
   }
 
   REFT_DEVICE void load_ranks(const float* from, float (&to)[kRanks]) const {
-    if (e.r % kRanks == 0) {
+    if (e.r % kRanks == 0 && my_rank < e.r) {
       load_floats(from + my_rank, to);
     } else {
 #pragma unroll

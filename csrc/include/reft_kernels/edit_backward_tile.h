@@ -10,8 +10,7 @@ namespace reft_kernels {
 
 constexpr int kBackwardThreads = 256;
 constexpr int kBackwardWarps = kBackwardThreads / 32;
-constexpr int kSlabVector = 4;  // columns of a thread of the rows kernel in phase 2
-constexpr int kMaxBackwardRank = 64;
+constexpr int kSlabVector = 4;          // columns of a thread of the rows kernel in phase 2
 constexpr int64_t kMaxSlots = 1 << 29;  // slots, batches, positions and groups count in 32 bits
 constexpr int kProjectRows = 4;         // slots that the rows kernel has sums for in phase 1
 constexpr int kSlabSlotBytes = 16;
@@ -107,7 +106,9 @@ inline BackwardTile backward_tile(const EditBackwardParams& p, const Plan& plan,
     while (tile.rank_tile < 64 && (tile.rank_tile < e.r || tile.rank_tile < plan.rank_tile))
       tile.rank_tile *= 2;
     tile.rows = kMmaRows;
-    tile.slab = plan.slab < 64 ? 32 : 64;
+    // A float16 in two parts needs more registers.
+    const bool wide = e.h_type == DType::kBFloat16 || tile.rank_tile < 64;
+    tile.slab = plan.slab >= 64 && wide ? 64 : 32;
     tile.row_stride = tile.slab * size + 16;
     tile.rank_stride = tile.rank_tile + 4;
     most_slots = 128;
