@@ -1,8 +1,7 @@
 // Chooses the backward kernel and its tile.
 //
-// What decides the bits of a result, the kernel and the number of threads among which a sum is divided,
-// follows from sizes and types alone. The grid, the chunk and the stages follow from the device and the
-// number of slots.
+// The kernel, and with it the order of every sum, follows from the edit's sizes and types and from the slab.
+// The grid, the chunk and the stages follow from the device besides, and change no bit.
 #include <algorithm>
 #include <numeric>
 
@@ -13,12 +12,9 @@
 namespace reft_kernels {
 namespace {
 
-// Slabs are narrow as long as about so many blocks share them: the multiprocessors of the GPUs at hand.
-constexpr int64_t kUsualBlocks = 132;
-
 // The highest rank for which CUDA cores keep up with the memory where the cache holds all, and where it does
 // not.
-constexpr int kMaxRowsRank = 8, kMaxRowsRankOfMany = 4;
+constexpr int kMaxRowsRank = 8, kMaxRowsRankOfMany = 2;
 constexpr int64_t kManySlots = 2048;
 
 std::string refusal_of(const EditBackwardParams& p, const Device& device) {
@@ -57,7 +53,8 @@ Plan plan_edit_backward(const EditBackwardParams& params, const Device& device) 
 
   plan.kernel = kernel_of(params);
   plan.threads = kBackwardThreads;
-  plan.slab = (e.d + 31) / 32 * e.groups > kUsualBlocks ? 64 : 32;
+  // One item a block where that is possible: then many slots can go chunk by chunk.
+  plan.slab = (e.d + 31) / 32 * e.groups > device.multiprocessors ? 64 : 32;
   if (plan.kernel == Kernel::kBackwardMma) {
     plan.tile_rows = kMmaRows;
     plan.rank_tile = e.r <= 16 ? 16 : e.r <= 32 ? 32 : 64;

@@ -286,18 +286,18 @@ struct BackwardMma {
   REFT_DEVICE void sum_tile(int i) {
     const int sharer = warp / kRankTiles, rank = warp % kRankTiles * 16 + row;
     const int first = (sharer - (stream.begin + i * tile.slots) / 16) & (kSharers - 1);
-    const bool precise = needs_precision(p.dR) || needs_precision(p.dW);
+    const bool precise = std::is_same_v<TR, float> || is_wide(p.dR) || is_wide(p.dW);
 #pragma unroll 1
     for (int sub = first; sub < tile.slots / 16; sub += kSharers) {
       if (precise) {
         add_slots<3>(i, sub * 16, rank);
-      } else {
+      } else if constexpr (!std::is_same_v<TR, float>) {
         add_slots<2>(i, sub * 16, rank);
       }
     }
   }
 
-  REFT_DEVICE static bool needs_precision(const WeightGradient& gradient) {
+  REFT_DEVICE static bool is_wide(const WeightGradient& gradient) {
     return gradient.data && !is_half(gradient.type);
   }
 
@@ -544,7 +544,6 @@ struct BackwardMma {
       if (p.db.data) store_gradient(p.db, i, gs);
       if (p.dc.data) store_gradient(p.dc, i, -gd);
     }
-    sync_block();
   }
 };
 

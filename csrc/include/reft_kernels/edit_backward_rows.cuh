@@ -433,7 +433,6 @@ struct BackwardRows {
       for (int k = 0; k < kRanks; ++k) sum_gd[k] = e.linear() ? sum_gs[k] : sum_gd[k];
       finish_vector(p.dc, sum_gd, -1.0f);
     }
-    sync_block();
   }
 
   REFT_DEVICE void finish_vector(const WeightGradient& gradient, const float (&sum)[kRanks],
