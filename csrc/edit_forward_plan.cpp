@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "edit_refusal.h"
 #include "reft_kernels/edit_forward_tile.h"
 #include "reft_kernels/edit_plan.h"
 
@@ -23,46 +24,6 @@ constexpr double kFetchCycles = 600;    // from asking L2 for weights to having 
 constexpr double kBlockCycles = 2000;   // to find the slots, have their rows, add up the warps and store
 constexpr double kClusterCycles = 400;  // to add up a cluster's blocks,
 constexpr double kPeerCycles = 50;      // for each of them
-
-std::string name_of(DType type) {
-  switch (type) {
-    case DType::kFloat16:
-      return "float16";
-    case DType::kFloat32:
-      return "float32";
-    case DType::kFloat64:
-      return "float64";
-    case DType::kBFloat16:
-      return "bfloat16";
-    default:
-      return "type " + std::to_string(static_cast<int>(type));
-  }
-}
-
-std::string refusal_of(const Edit& e, const Device& device) {
-  if (device.capability < 80) {
-    return "needs compute capability 8.0 or newer, the device has " + std::to_string(device.capability / 10) +
-           "." + std::to_string(device.capability % 10);
-  }
-  if (e.r < 1 || e.r > kMaxForwardRank) return "takes ranks 1 to 64, got " + std::to_string(e.r);
-  if (e.d > INT32_MAX / 2) return "takes rows shorter than 2^30, got " + std::to_string(e.d);
-  const bool h_taken = e.h_type == DType::kFloat32 || is_half(e.h_type);
-  const auto is_float_or_h = [&e](DType type) { return type == DType::kFloat32 || type == e.h_type; };
-  const bool W_taken =
-      !e.W.data || e.W.type == e.R.type || (e.R.type == DType::kFloat32 && is_float_or_h(e.W.type));
-  if (!h_taken || e.accumulator != DType::kFloat32 || !is_float_or_h(e.R.type) || !W_taken) {
-    return "takes h in float32, bfloat16 or float16 with R and W in float32 or both in the type of h, or R "
-           "in float32 "
-           "and W in the type of h; got h " +
-           name_of(e.h_type) + ", R " + name_of(e.R.type) + (e.W.data ? ", W " + name_of(e.W.type) : "");
-  }
-  for (const Weight* bias : {&e.b, &e.c}) {
-    if (bias->data && bias->type != DType::kFloat32 && !is_half(bias->type)) {
-      return "takes b and c in float32, bfloat16 or float16, got " + name_of(bias->type);
-    }
-  }
-  return "";
-}
 
 double times_in(double part, double whole) {
   return std::ceil(whole / part);
@@ -208,6 +169,7 @@ Plan plan_edit_forward(const EditForwardParams& params, const Device& device) {
   Plan refused;
   refused.blocks = 0;
   refused.refusal = refusal_of(e, device);
+  if (e.d > INT32_MAX / 2) refused.refusal = "takes rows shorter than 2^30, got " + std::to_string(e.d);
   if (!refused.refusal.empty() || e.rows() == 0) return refused;
 
   Chooser chooser(params, device);
@@ -226,7 +188,7 @@ Plan plan_edit_forward(const EditForwardParams& params, const Device& device) {
   // one cost less.
   constexpr int kMostMmaGroups = 4;
   if (is_half(e.h_type) && chooser.vectors() && e.d > 0 && e.d % kMmaColumns == 0 &&
-      e.groups <= kMostMmaGroups) {
+      e.groups <= kMostMmaGroups && e.r * e.d <= INT32_MAX) {
     const int rank_tile = e.r <= 8 ? 8 : e.r <= 16 ? 16 : e.r <= 32 ? 32 : 64;
     for (int cluster = 1; cluster <= widest; cluster *= 2) {
       chooser.offer(Kernel::kForwardMma, kMmaRows, rank_tile, cluster);

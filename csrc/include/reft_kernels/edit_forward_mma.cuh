@@ -122,10 +122,13 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
 
   // A lane reads only what it staged itself.
   REFT_DEVICE Vector16 columns(const H* row, int block, int half) const {
-    Vector16 none = {};
-    if (!row) return none;
-    return load_16(tile.staged ? static_cast<const void*>(stash_of(block, half)) : row + block * kMmaColumns);
+    if (!row) return {};
+    if (tile.staged) return load_16(stash_of(block, half));
+    return load_16(row + block * kMmaColumns);
   }
+
+  // Where a rank begins in its group's weights, which have fewer than 2^31 elements.
+  REFT_DEVICE int rank_offset(int k) const { return (k < e.r ? k : e.r - 1) * static_cast<int>(e.d); }
 
   // --- sums
 
@@ -135,12 +138,12 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
     EightElements<TW> W[kTogether];
   };
 
-  // R and W at the lane's first column. Ranks from r on repeat the last one; their sums are not used.
+  // R and W at the lane's first column. Ranks from r on repeat the last one; their sums are not used. What is
+  // not there stays zero.
   REFT_DEVICE void fetch_weights(SumWeights& weights, const TR* R, const TW* W, int block, int eight) const {
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int k = (eight + i) * 8 + g;
-      const int64_t offset = (k < e.r ? k : e.r - 1) * e.d + block * kMmaColumns;
+      const int offset = rank_offset((eight + i) * 8 + g) + block * kMmaColumns;
       if (W) weights.W[i].fetch_from(W + offset);
       if (e.subtract) weights.R[i].fetch_from(R + offset);
     }
@@ -171,34 +174,44 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
     return rows;
   }
 
+  // Weights as they are multiplied: in float32 and to be taken apart, or as the words of mma operands.
+  template <typename T>
+  using Factors = std::conditional_t<sizeof(T) == 4, float[kTogether][8], uint32_t[kTogether][4]>;
+
+  template <typename T>
+  REFT_DEVICE void factors_of(Factors<T>& factors, const EightElements<T> (&weights)[kTogether]) const {
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) {
+      if constexpr (sizeof(T) == 4) {
+        weights[n].to_floats(factors[n]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) factors[n][i] = weights[n].part[0].word[i];
+      }
+    }
+  }
+
   // sum += rows weights^T, or -=, of kTogether tiles of ranks.
-  template <typename T, bool kMinus>
-  REFT_DEVICE void add_weights(float (&sum)[kTogether][4], const RowOperands& rows,
-                               const EightElements<T> (&weights)[kTogether]) const {
-    if constexpr (sizeof(T) == 4) {
-      static_assert(!kMinus);
-      float a[kTogether][8];
+  template <bool kMinus>
+  REFT_DEVICE void multiply(float (&sum)[kTogether][4], const RowOperands& rows,
+                            const uint32_t (&weights)[kTogether][4]) const {
+    constexpr uint32_t kSigns = kMinus ? 0x80008000u : 0;
 #pragma unroll
-      for (int n = 0; n < kTogether; ++n) weights[n].to_floats(a[n]);
-      add_floats(sum, rows, a);
-    } else {
-      constexpr uint32_t kSigns = kMinus ? 0x80008000u : 0;
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int n = 0; n < kTogether; ++n) {
-          const uint32_t (&word)[4] = weights[n].part[0].word;
-          const uint32_t b[2] = {word[2 * i] ^ kSigns, word[2 * i + 1] ^ kSigns};
-          mma_16x8x16<H>(sum[n], rows.whole[i], b);
-        }
+      for (int n = 0; n < kTogether; ++n) {
+        const uint32_t b[2] = {weights[n][2 * i] ^ kSigns, weights[n][2 * i + 1] ^ kSigns};
+        mma_16x8x16<H>(sum[n], rows.whole[i], b);
       }
     }
   }
 
   // The same for weights in float32. Each mma waits for the one before it in its tile of ranks, so that tiles
   // take turns.
-  REFT_DEVICE void add_floats(float (&sum)[kTogether][4], const RowOperands& rows,
-                              float (&weights)[kTogether][8]) const {
+  template <bool kMinus>
+  REFT_DEVICE void multiply(float (&sum)[kTogether][4], const RowOperands& rows,
+                            float (&weights)[kTogether][8]) const {
+    static_assert(!kMinus);
 #pragma unroll
     for (int part = 0; part < 3; ++part) {
       uint32_t word[kTogether][4];
@@ -227,25 +240,32 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
     }
   }
 
-  // The products of a column block with kTogether tiles of ranks. They are summed by themselves and then
-  // added, which rounds once for 32 columns and not, as tensor cores do, cuts off a little with each mma.
+  // The products of a column block with kTogether tiles of ranks; then `fetch` replaces the weights, while
+  // the products are under way. They are summed by themselves and then added, which rounds once for 32
+  // columns and not, as tensor cores do, cuts off a little with each mma.
+  template <typename Fetch>
   REFT_DEVICE void add_products(float (&sum)[kProducts][kEights][4], int eight, const RowOperands& rows,
-                                const SumWeights& weights) const {
+                                const SumWeights& weights, Fetch&& fetch) const {
     float some[kProducts][kTogether][4] = {};
+    Factors<TR> b;
+    factors_of<TR>(b, weights.R);
+    Factors<TW> a;
+    factors_of<TW>(a, weights.W);
     if constexpr (kLinear && !kHalfR) {
       float A[kTogether][8];
 #pragma unroll
       for (int n = 0; n < kTogether; ++n) {
-        float a[8] = {}, b[8] = {};
-        if (e.W.data) weights.W[n].to_floats(a);
-        if (e.subtract) weights.R[n].to_floats(b);
+        float w[8];
+        weights.W[n].to_floats(w);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) A[n][i] = a[i] - b[i];
+        for (int i = 0; i < 8; ++i) A[n][i] = w[i] - b[n][i];
       }
-      add_floats(some[0], rows, A);
+      fetch();
+      multiply<false>(some[0], rows, A);
     } else {
-      if (e.W.data) add_weights<TW, false>(some[0], rows, weights.W);
-      if (e.subtract) add_weights<TR, kLinear>(some[kProducts - 1], rows, weights.R);
+      fetch();
+      if (e.W.data) multiply<false>(some[0], rows, a);
+      if (e.subtract) multiply<kLinear>(some[kProducts - 1], rows, b);
     }
 #pragma unroll
     for (int product = 0; product < kProducts; ++product) {
@@ -265,7 +285,7 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
     const H* const row[2] = {lane_row(live, 0), lane_row(live, 1)};
     float sum[kProducts][kEights][4] = {};
     const int count = column_blocks();
-    SumWeights weights, next;
+    SumWeights weights = {};
     if (warp < count) fetch_weights(weights, R, W, warp, 0);
     wait_async<0>();
     for (int block = warp; block < count; block += warps) {
@@ -273,13 +293,13 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
       const RowOperands rows = row_operands(h);
 #pragma unroll
       for (int eight = 0; eight < kEights; eight += kTogether) {
-        if (eight + kTogether < kEights) {
-          fetch_weights(next, R, W, block, eight + kTogether);
-        } else if (block + warps < count) {
-          fetch_weights(next, R, W, block + warps, 0);
-        }
-        add_products(sum, eight, rows, weights);
-        weights = next;
+        add_products(sum, eight, rows, weights, [&] {
+          if (eight + kTogether < kEights) {
+            fetch_weights(weights, R, W, block, eight + kTogether);
+          } else if (block + warps < count) {
+            fetch_weights(weights, R, W, block + warps, 0);
+          }
+        });
       }
     }
 #pragma unroll
@@ -310,8 +330,7 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
   REFT_DEVICE void fetch_weights(ApplyWeights& weights, const TR* R, int block, int step) const {
 #pragma unroll
     for (int i = 0; i < kStepRanks; ++i) {
-      const int k = step * 16 + 2 * q + i % 2 + i / 2 * 8;
-      weights.R[i].fetch_from(R + ((k < e.r ? k : e.r - 1) * e.d + block * kMmaColumns));
+      weights.R[i].fetch_from(R + rank_offset(step * 16 + 2 * q + i % 2 + i / 2 * 8) + block * kMmaColumns);
     }
   }
 
@@ -343,8 +362,10 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
 
   // sum [16 slots, 4 x 8 columns] += u R for the ranks of a step. Column n of tile t is column 4n + t of the
   // block.
+  // `fetch` replaces the weights while the products are under way.
+  template <typename Fetch>
   REFT_DEVICE void add_step(float (&sum)[4][4], const UOperands& operands, const ApplyWeights& weights,
-                            int step) const {
+                            int step, Fetch&& fetch) const {
     uint32_t high[4][2], low[4][2];
 #pragma unroll
     for (int i = 0; i < kStepRanks; i += 2) {
@@ -361,6 +382,7 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
         }
       }
     }
+    fetch();
 #pragma unroll
     for (int t = 0; t < 4; ++t) mma_16x8x16<BFloat16>(sum[t], operands.high[step], high[t]);
     if constexpr (kStepRanks == 4) {
@@ -387,14 +409,13 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
       float sum[4][4] = {};
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        ApplyWeights next = weights;
-        if (step + 1 < kSteps) {
-          fetch_weights(next, R, block, step + 1);
-        } else if (block + warps < count) {
-          fetch_weights(next, R, block + warps, 0);
-        }
-        add_step(sum, operands, weights, step);
-        weights = next;
+        add_step(sum, operands, weights, step, [&] {
+          if (step + 1 < kSteps) {
+            fetch_weights(weights, R, block, step + 1);
+          } else if (block + warps < count) {
+            fetch_weights(weights, R, block + warps, 0);
+          }
+        });
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -18,7 +18,6 @@ struct ForwardTile {
 
 constexpr int kMmaRows = 16;     // of the mma kernel
 constexpr int kMmaColumns = 32;  // that a warp of the mma kernel takes at once
-constexpr int kMaxForwardRank = 64;
 constexpr int kSlotBytes = 32;
 
 REFT_HOST_DEVICE constexpr int64_t round_up(int64_t count, int64_t multiple) {
