@@ -24,6 +24,7 @@ from reft_kernels.backends import native
 HERE = Path(__file__).parent / "native"
 CSRC = HERE.parents[1] / "csrc"
 NAMESPACE = "reft_kernels_on_cpu"
+CACHE = Path(tempfile.gettempdir()) / "reft_kernels_native"
 
 _COMMON = ["-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-DREFT_KERNELS_ON_CPU"]
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
@@ -48,7 +49,9 @@ def _ninja() -> str:
     return found
 
 
-def build(name: str, sources: Sequence[str], *, sanitize: bool = False, csrc: Path = CSRC) -> Path:
+def build(
+    name: str, sources: Sequence[str], *, sanitize: bool = False, csrc: Path = CSRC, flags: Sequence[str] = ()
+) -> Path:
     """A shared library of kernels (.cu) and host code, by which the machine's is loaded as well.
 
     Args:
@@ -56,6 +59,7 @@ def build(name: str, sources: Sequence[str], *, sanitize: bool = False, csrc: Pa
         sources: files of ``csrc`` or, if there are none of that name, of python_tests/native.
         sanitize: with AddressSanitizer and UBSan; then races are not looked for.
         csrc: the folder of the sources, to build a changed copy.
+        flags: more of them, for the sources.
 
     Each is built once on a machine, whichever process comes first, and again in parts when sources change.
     """
@@ -82,20 +86,15 @@ def build(name: str, sources: Sequence[str], *, sanitize: bool = False, csrc: Pa
     for file in sources:
         path = csrc / file if (csrc / file).exists() else HERE / file
         if path.suffix == ".cu":
-            flags = [
-                "-std=c++17",
-                "-Wno-unknown-pragmas",
-                "-Wno-maybe-uninitialized",
-                "-x c++",
-                *([] if sanitize else _REPORT_ACCESSES),
-            ]
+            own = ["-std=c++17", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-x c++"]
+            own += [] if sanitize else _REPORT_ACCESSES
         elif file == "ops_on_cpu.cpp":
-            flags = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem {torch_root / 'include'}"]
+            own = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem {torch_root / 'include'}"]
         else:
-            flags = ["-std=c++17"]
+            own = ["-std=c++17"]
         if file.endswith("_plan.cpp"):  # other plans stand in their place
-            flags += [f"-Dplan_edit_{way}=planned_edit_{way}" for way in ("forward", "backward")]
-        objects.append(compiled(path, *flags))
+            own += [f"-Dplan_edit_{way}=planned_edit_{way}" for way in ("forward", "backward")]
+        objects.append(compiled(path, *own, *flags))
     torch_libraries = (
         f"-L{torch_root / 'lib'} -Wl,--no-as-needed -ltorch_cpu -lc10" if "ops_on_cpu.cpp" in sources else ""
     )
@@ -105,24 +104,23 @@ def build(name: str, sources: Sequence[str], *, sanitize: bool = False, csrc: Pa
     )
     version = subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
     key = hashlib.sha256("\0".join([*lines, version, str(csrc)]).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / "reft_kernels_native" / f"{name}_{key}"
+    folder = CACHE / f"{name}_{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        run = subprocess.run([_ninja(), "-C", str(folder), f"{name}.so"], capture_output=True, text=True)
+        run = subprocess.run([_ninja(), "-j2", "-C", str(folder), f"{name}.so"], capture_output=True, text=True)
         if run.returncode != 0:
             raise RuntimeError(f"{name}: {run.stdout[-6000:]}{run.stderr[-2000:]}")
     return folder / f"{name}.so"
 
 
-KERNEL_SOURCES = [
-    "ops_on_cpu.cpp",
-    *(f"{prefix}{way}{suffix}" for way in ("forward", "backward") for prefix, suffix in (
-        ("forced_", ".cpp"), ("edit_", "_plan.cpp"),
-    )),
-    *(f"cuda/{path.name}" for path in sorted((CSRC / "cuda").glob("*.cu"))),
+_LAUNCHED = [
+    "ops_on_cpu.cpp", "forced_forward.cpp", "forced_backward.cpp", "edit_forward_plan.cpp", "edit_backward_plan.cpp",
 ]  # fmt: skip
+KERNEL_SOURCES = [*_LAUNCHED, *(f"cuda/{path.name}" for path in sorted((CSRC / "cuda").glob("*.cu")))]
+# One kernel of each kind, for bfloat16 rows with R in float32 and W in bfloat16.
+FEW_SOURCES = [*_LAUNCHED, "few_forward.cu", "few_backward.cu"]
 
 
 @dataclass(frozen=True)
@@ -222,4 +220,7 @@ def toy_library(*, sanitize: bool = False) -> ctypes.CDLL:
     return library
 
 
-__all__ = ["KERNEL_SOURCES", "Device", "Machine", "Wishes", "build", "toy_library"]
+__all__ = [
+    "CACHE", "CSRC", "FEW_SOURCES", "HERE", "KERNEL_SOURCES", "Device", "Machine", "Wishes", "build", "compiler",
+    "toy_library",
+]  # fmt: skip
