@@ -6,14 +6,31 @@
 
 namespace reft_kernels {
 
+// Sums the first kCount values over lanes that differ in the bits from kMask down, each lane keeping half of
+// them at each step, until kLeft are left.
+template <int kCount, int kMask, int kLeft, int kSize>
+REFT_DEVICE void fold_some_lanes(float (&value)[kSize], int lane) {
+  if constexpr (kCount > kLeft) {
+    constexpr int kHalf = kCount / 2;
+    const bool upper = (lane & kMask) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float mine = upper ? value[i + kHalf] : value[i];
+      const float theirs = upper ? value[i] : value[i + kHalf];
+      value[i] = mine + shuffle_xor(theirs, kMask);
+    }
+    fold_some_lanes<kHalf, kMask / 2, kLeft>(value, lane);
+  }
+}
+
 // Phase 1: a block takes up to four slots at once, a thread every 256th piece of 16 bytes of their rows,
-// which come to shared memory some pieces ahead. Phase 2: a thread has four columns and kRanks ranks of every
-// so-many-th slot; where r is more, neighbours in a warp share the ranks.
+// which come to shared memory some pieces ahead. Phase 2: a thread has four or eight columns and kRanks ranks
+// of every so-many-th slot; where r is more, neighbours in a warp share the ranks.
 template <typename H, typename TR, int kRanks>
 struct BackwardRows {
   static constexpr int kSums = kProjectRows * kRanks;
   static constexpr int kPiece = kElementsIn16Bytes<H>;
-  static constexpr int kColumns = kSlabVector;
+  static constexpr int kColumns = slab_columns(kRanks, sizeof(H));
   static_assert(kSums <= 32);
 
   const EditBackwardParams& p;
@@ -243,19 +260,16 @@ struct BackwardRows {
     load_floats(weights(which) + (my_rank + k) * tile.slab + my_column, to);
   }
 
-  REFT_DEVICE void load_ranks(const float* from, float (&to)[kRanks]) const {
-    if (e.r % kRanks == 0 && my_rank < e.r) {
-      load_floats(from + my_rank, to);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kRanks; ++k) to[k] = my_rank + k < e.r ? from[my_rank + k] : 0.0f;
-    }
+  // What most edits ask for, whose loop over slots is short of questions: f linear and every gradient, in
+  // rows that can be read by 16 bytes, no dropout, nothing to rebuild, and all ranks in one thread.
+  REFT_DEVICE bool usual() const {
+    return e.linear() && p.dh.data && p.dR.data && p.dW.data && tile.vectors && !e.seed && !p.rebuild &&
+           e.r == kRanks;
   }
 
   REFT_DEVICE void sum_chunk() {
     float A[kRanks][kColumns];
-    const int tiles = stream.tiles(), lanes = kBackwardThreads / slot_threads;
-    const int first = (my_slot - stream.begin) & (lanes - 1);  // a slot's thread depends on its number alone
+    const int tiles = stream.tiles();
     for (int i = 0; i < tiles; ++i) {
       const SlabSlot next = stream.slot_of(i + tile.stages);
       stream.wait_for(i, next);
@@ -263,63 +277,92 @@ struct BackwardRows {
 #pragma unroll
         for (int k = 0; k < kRanks; ++k) load_weight(0, k, A[k]);
       }
-#pragma unroll 1
-      for (int slot = first; slot < tile.slots; slot += lanes) add_slot(i, slot, A);
+      if (usual()) {
+        sum_tile<true>(i, A);
+      } else {
+        sum_tile<false>(i, A);
+      }
       if (p.copy_idle && stream.group == 0) stream.copy_idle_rows(i);
       stream.advance(i);
     }
   }
 
-  REFT_DEVICE void add_slot(int i, int slot, const float (&A)[kRanks][kColumns]) {
-    const SlabSlot row = stream.table(i)[slot];
-    const bool own = row.group == stream.group;
-    float gs[kRanks] = {}, gd[kRanks] = {}, u[kRanks] = {};  // u = scale * delta
-    float dh[kColumns] = {}, x[kColumns] = {};
-    if (own) {
-      load_ranks(stream.gs(i, slot), gs);
-      if (!e.linear()) load_ranks(stream.gd(i, slot), gd);
-      if (reads_delta(p)) {
-        load_ranks(stream.delta(i, slot), u);
+  template <bool kUsual>
+  REFT_DEVICE void load_ranks(const float* from, float (&to)[kRanks]) const {
+    if (kUsual || (e.r % kRanks == 0 && my_rank < e.r)) {
+      load_floats(from, to);
+    } else {
 #pragma unroll
-        for (int k = 0; k < kRanks; ++k) u[k] *= row.scale;
-      }
+      for (int k = 0; k < kRanks; ++k) to[k] = my_rank + k < e.r ? from[k] : 0.0f;
     }
-    if (stream.needs_x()) {
-      if (own && (my_rank == 0 || !p.rebuild)) load_floats(stream.x_row(i, slot) + my_column, x);
-      if (p.rebuild) {  // y - R^T u, rounded as h was
-        if (own) subtract_up(u, x);
-        sum_over_rank_groups(x);
+  }
+
+  template <bool kUsual>
+  REFT_DEVICE void sum_tile(int i, const float (&A)[kRanks][kColumns]) {
+    const bool linear = kUsual || e.linear(), needs_dh = kUsual || p.dh.data, needs_dR = kUsual || p.dR.data;
+    const bool needs_x = kUsual || stream.needs_x(), needs_grad = kUsual || stream.needs_grad();
+    const bool rebuilds = !kUsual && p.rebuild, drops = !kUsual && e.seed;
+    const bool needs_u = needs_dR || rebuilds, crosses = needs_dR && e.subtract && !linear;
+    const SlabSlot* slots = stream.table(i);
+    const H *grad_rows = stream.grad_row(i, 0) + my_column, *x_rows = stream.x_row(i, 0) + my_column;
+    const float *gs_rows = stream.gs(i, 0) + my_rank, *gd_rows = stream.gd(i, 0) + my_rank;
+    const float* delta_rows = stream.delta(i, 0) + my_rank;
+    const int lanes = kBackwardThreads / slot_threads;
+    // A slot's thread depends on its number alone.
+#pragma unroll 1
+    for (int slot = (my_slot - stream.begin) & (lanes - 1); slot < tile.slots; slot += lanes) {
+      const SlabSlot row = slots[slot];
+      const bool own = row.group == stream.group;
+      if (kUsual && !own) continue;
+      const int at = slot << tile.slab_bits, rank_at = slot * e.r;
+      float gs[kRanks] = {}, gd[kRanks] = {}, u[kRanks] = {};  // u = scale * delta
+      float dh[kColumns] = {}, x[kColumns] = {};
+      if (own) {
+        load_ranks<kUsual>(gs_rows + rank_at, gs);
+        if (!linear) load_ranks<kUsual>(gd_rows + rank_at, gd);
+        if (needs_u) {
+          load_ranks<kUsual>(delta_rows + rank_at, u);
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) x[c] = to_float(from_float<H>(x[c]));
+          for (int k = 0; k < kRanks; ++k) u[k] *= row.scale;
+        }
       }
-      if (own) add_products(gs, x, 1.0f, dW);
-      if (own && p.dR.data && e.subtract && !e.linear()) add_products(gd, x, -1.0f, dR);
-    }
-    if (own && stream.needs_grad()) {
-      float g[kColumns];
-      load_floats(stream.grad_row(i, slot) + my_column, g);
-      if (e.seed) {
+      if (needs_x) {
+        if (own && (my_rank == 0 || !rebuilds)) load_floats(x_rows + at, x);
+        if (rebuilds) {  // y - R^T u, rounded as h was
+          if (own) subtract_up(u, x);
+          sum_over_rank_groups(x);
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) g[c] *= static_cast<float>(e.keep_scale);
+          for (int c = 0; c < kColumns; ++c) x[c] = to_float(from_float<H>(x[c]));
+        }
+        if (own) add_products(gs, x, 1.0f, dW);
+        if (own && crosses) add_products(gd, x, -1.0f, dR);
       }
-      if (p.dR.data) add_products(u, g, 1.0f, dR);
-      if (my_rank == 0) {
+      if (own && needs_grad) {
+        float g[kColumns];
+        load_floats(grad_rows + at, g);
+        if (drops) {
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) dh[c] = g[c];
-      }
-    }
-    if (own && stream.column == 0) {
+          for (int c = 0; c < kColumns; ++c) g[c] *= static_cast<float>(e.keep_scale);
+        }
+        if (needs_dR) add_products(u, g, 1.0f, dR);
+        if (kUsual || my_rank == 0) {
 #pragma unroll
-      for (int k = 0; k < kRanks; ++k) {
-        sum_gs[k] += gs[k];
-        if (!e.linear()) sum_gd[k] += gd[k];
+          for (int c = 0; c < kColumns; ++c) dh[c] = g[c];
+        }
       }
-    }
-    if (p.dh.data) {
-      if (own && (e.W.data || (e.linear() && e.subtract))) add_up(gs, A, dh);
-      if (own && e.subtract && !e.linear()) subtract_up(gd, dh);
-      sum_over_rank_groups(dh);
-      if (own && my_rank == 0) store_dh(row, dh);
+      if (own && stream.column == 0) {
+#pragma unroll
+        for (int k = 0; k < kRanks; ++k) {
+          sum_gs[k] += gs[k];
+          if (!linear) sum_gd[k] += gd[k];
+        }
+      }
+      if (needs_dh) {
+        if (own && (e.W.data || (linear && e.subtract))) add_up(gs, A, dh);
+        if (own && e.subtract && !linear) subtract_up(gd, dh);
+        if (!kUsual) sum_over_rank_groups(dh);
+        if (own && (kUsual || my_rank == 0)) store_dh<kUsual>(row, dh);
+      }
     }
   }
 
@@ -362,12 +405,13 @@ struct BackwardRows {
     }
   }
 
+  template <bool kUsual>
   REFT_DEVICE void store_dh(const SlabSlot& row, const float (&dh)[kColumns]) const {
     const int j = stream.column + my_column;
     H* to = static_cast<H*>(p.dh.data) + row_offset(p.dh.stride, row) + j;
-    if (tile.vectors) {
+    if (kUsual || tile.vectors) {
       if (j >= e.d) return;
-      if constexpr (sizeof(H) == 2) {
+      if constexpr (kColumns * sizeof(H) == 8) {
         store_8(to, {{pack_pair<H>(dh[0], dh[1]), pack_pair<H>(dh[2], dh[3])}});
       } else {
         store_floats(to, dh);
@@ -390,18 +434,41 @@ struct BackwardRows {
     return value;
   }
 
+  // Sums over the lanes with the same columns and ranks, of which there are 2 to the power of kSteps. As many
+  // of the sums as each lane is left with go to its warp's place for [ranks, slab].
+  template <int kSteps>
+  REFT_DEVICE void store_lane_sums(const float (&sum)[kRanks][kColumns]) const {
+    constexpr int kCount = kRanks * kColumns, kLeft = kCount >> kSteps;
+    if constexpr (kLeft > 0) {
+      float value[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) value[i] = sum[i / kColumns][i % kColumns];
+      fold_some_lanes<kCount, 16, kLeft>(value, lane);
+      const int first = (lane >> (5 - kSteps)) * kLeft;
+      constexpr int kWidth = kLeft < kColumns ? kLeft : kColumns;
+      const int k = my_rank + first / kColumns, column = my_column + first % kColumns;
+      float* place = reduced() + ((warp * kRanks * tile.rank_groups + k) << tile.slab_bits) + column;
+#pragma unroll
+      for (int i = 0; i < kLeft; i += kWidth, place += tile.slab) {
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) place[c] = value[i + c];
+      }
+    }
+  }
+
   // Sums over the threads with the same columns and ranks; the thread's share of [ranks, slab] goes to `to`.
   static constexpr int kOutputs = 4;
   REFT_DEVICE void reduce(const float (&sum)[kRanks][kColumns], float (&to)[kOutputs]) const {
-    const int count = kRanks * tile.rank_groups * tile.slab;
+    const int count = kRanks * tile.rank_groups << tile.slab_bits;
     sync_block();
-#pragma unroll
-    for (int k = 0; k < kRanks; ++k) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const float total = sum_over_slot_lanes(sum[k][c]);
-        if (lane < slot_threads) reduced()[warp * count + (my_rank + k) * tile.slab + my_column + c] = total;
-      }
+    if (slot_threads == 4) {
+      store_lane_sums<3>(sum);
+    } else if (slot_threads == 8) {
+      store_lane_sums<2>(sum);
+    } else if (slot_threads == 16) {
+      store_lane_sums<1>(sum);
+    } else {
+      store_lane_sums<0>(sum);
     }
     sync_block();
 #pragma unroll

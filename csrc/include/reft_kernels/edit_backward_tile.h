@@ -10,12 +10,17 @@ namespace reft_kernels {
 
 constexpr int kBackwardThreads = 256;
 constexpr int kBackwardWarps = kBackwardThreads / 32;
-constexpr int kSlabVector = 4;          // columns of a thread of the rows kernel in phase 2
 constexpr int64_t kMaxSlots = 1 << 29;  // slots, batches, positions and groups count in 32 bits
 constexpr int kProjectRows = 4;         // slots that the rows kernel has sums for in phase 1
 constexpr int kSlabSlotBytes = 16;
 constexpr int kMaxStages = 3;
 constexpr int kChunkStep = 16;
+
+// Columns of a thread of the rows kernel in phase 2: 16 bytes of a row, or 8 where more would need too many
+// registers.
+REFT_HOST_DEVICE constexpr int slab_columns(int rank_tile, int bytes) {
+  return bytes == 2 && rank_tile <= 4 ? 8 : 4;
+}
 
 // Offsets in bytes.
 struct BackwardShared {
@@ -118,12 +123,18 @@ inline BackwardTile backward_tile(const EditBackwardParams& p, const Plan& plan,
     while (tile.rank_tile * tile.rank_groups < e.r) tile.rank_groups *= 2;
     tile.rows = plan.tile_rows < kProjectRows ? plan.tile_rows : kProjectRows;
     tile.slab = plan.slab;
-    while (tile.slab > 16 && tile.slab / kSlabVector * tile.rank_groups > 32) tile.slab /= 2;
-    const int lanes = kBackwardThreads / (tile.slab / kSlabVector * tile.rank_groups);
-    if (lanes < kBackwardWarps) return tile;  // a slot's threads are of one warp
+    const int columns = slab_columns(tile.rank_tile, size);
+    // A slot's threads are of one warp, which holds 8 slots' at most, and no more than there are sums to
+    // share.
+    while (tile.slab * tile.rank_groups > 32 * columns) tile.slab /= 2;
+    while (tile.slab * tile.rank_groups < 4 * columns || tile.slab * tile.rank_groups * tile.rank_tile < 32) {
+      tile.slab *= 2;
+    }
+    if (tile.slab < 16) return tile;
+    const int lanes = kBackwardThreads * columns / (tile.slab * tile.rank_groups);
     tile.row_stride = tile.slab * size;
     tile.rank_stride = e.r;
-    most_slots = lanes * (size == 2 ? 4 : 2);
+    most_slots = lanes * (size == 2 ? 16 : 8) / columns;
     fewest_slots = lanes;
   }
   tile.slab_bits = 0;
