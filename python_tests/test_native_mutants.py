@@ -114,7 +114,7 @@ MUTANTS: list[tuple[str, str | tuple[str, ...], str]] = [
     (BACK_ROWS, "wait_pending(tile.ring - 1);", ";"),
     (BACK_ROWS, "slot.group == kNoSlot || k >= e.r", "k >= e.r"),
     (BACK_ROWS, "slot.group == kNoSlot || k >= e.r", "slot.group == kNoSlot"),
-    (BACK_ROWS, "if (own && (kUsual || my_rank == 0)) store_dh<kUsual>(row, dh);", "if (own) store_dh<kUsual>(row, dh);"),
+    (BACK_ROWS, "own && (kUsual || my_rank == 0)", "own"),
     (BACK_ROWS, "u[k] *= row.scale;", ";"),
     (BACK_ROWS, "static_cast<float>(e.keep_scale)", "1.0f"),
     (BACK_ROWS, ("REFT_DEVICE void reduce(", "sync_block();"), ";"),
