@@ -455,6 +455,7 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
     sync_block();
     const unsigned live = Block::live_slots();
     stage(live);
+    const Bias bias = Block::bias_of(live, kRankTile, thread);
     int64_t group = 0;
     if (multiplies) {
       for (unsigned left = live, mine; left; left &= ~mine) {
@@ -468,7 +469,7 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
     if (warp < column_blocks()) fetch_weights(weights, apply_R(group), warp, 0);
     sync_block();
     if (clusters) Block::exchange_sums(multiplies ? live : 0, rank);
-    Block::find_delta(live, clusters, rank == 0);
+    Block::find_delta(live, kRankTile, bias, clusters, rank == 0);
     sync_block();
     wait_async<0>();
     const UOperands operands = u_operands();

@@ -234,10 +234,11 @@ struct ForwardRows : ForwardBlock<kLinear, max_tile_rows(kLinear, kRankTile)> {
   template <int kColumns>
   REFT_DEVICE void run(unsigned live, unsigned rank) const {
     const bool multiplies = Block::multiplies();
+    const Bias bias = Block::bias_of(live, ranks, thread);
     if (multiplies) sum_groups<kColumns>(live);
     sync_block();
     if constexpr (kCluster) Block::exchange_sums(multiplies ? live : 0, rank);
-    Block::find_delta(live, kCluster, rank == 0);
+    Block::find_delta(live, ranks, bias, kCluster, rank == 0);
     sync_block();
     apply_groups<kColumns>(live);
     if (p.copy_idle) Block::template copy_idle_rows<kColumns, H>(live);
