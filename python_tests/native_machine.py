@@ -28,6 +28,7 @@ CACHE = Path(tempfile.gettempdir()) / "reft_kernels_native"
 
 _COMMON = ["-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-DREFT_KERNELS_ON_CPU"]
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+_MACHINE_SOURCES = ("machine.cpp", "primitives.cpp", "races.cpp", "fiber.cpp")
 # Has the compiler report every access of a kernel to the machine, which has ThreadSanitizer's functions for that.
 _REPORT_ACCESSES = ["-fsanitize=thread"]
 
@@ -78,7 +79,7 @@ def build(
             lines.append(f"build {out}: compile {path}\n  flags = {' '.join([*common, *flags])}")
         return out
 
-    machine = [compiled(HERE / file, "-std=c++17", "-O2") for file in ("machine.cpp", "races.cpp", "fiber.cpp")]
+    machine = [compiled(HERE / file, "-std=c++17", "-O2") for file in _MACHINE_SOURCES]
     link = " ".join(_SANITIZE if sanitize else [])
     # Templates that both libraries have are each its own: those of the kernels report their accesses.
     lines.append(f"build libmachine.so: link {' '.join(machine)}\n  flags = {link} -Wl,-Bsymbolic -Wl,-z,defs -ldl")

@@ -30,7 +30,11 @@ REFT_KERNEL(256, 1) toy_reduce(const float* in, float* out, int broken) {
     for (unsigned i = 0; i < blockDim.x / 32; ++i) total += sums[i];
     out[round * blockDim.x + threadIdx.x] = total;
     if (broken == 4 && threadIdx.x == 7) return;
-    if (broken != 2) sync_block();
+    if (broken == 6 && threadIdx.x < 64) {
+      sync_block();
+    } else if (broken != 2) {
+      sync_block();
+    }
     if (broken == 5 && threadIdx.x == 0) sums[blockDim.x / 32] = 0;
   }
 }
