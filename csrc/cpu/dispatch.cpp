@@ -13,6 +13,7 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 // REFT_KERNELS_CPU_ISA, "baseline" or "avx2", asks for less than the machine has.
 Isa choose() {
 #if defined(__x86_64__)
+  __builtin_cpu_init();
   const char* asked = std::getenv("REFT_KERNELS_CPU_ISA");
   const auto asks_for = [asked](const char* name) {
     return asked != nullptr && std::strcmp(asked, name) == 0;

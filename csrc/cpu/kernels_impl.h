@@ -363,14 +363,13 @@ static void outer(StripIn strip, StripIn next, Shape shape, const T* u, int64_t 
 
 // --- dropout
 
-constexpr int kBlocksAtOnce = kVectorBytes / 8;  // Philox blocks of four words, one in a 64-bit lane
-constexpr int kWordsAtOnce = 4 * kBlocksAtOnce;
+constexpr int kWordsAtOnce = 4 * kWordLanes;
 
-// The words of kBlocksAtOnce consecutive blocks of philox.h, in order. Only the lower half of each lane
-// counts.
+// The words of kWordLanes consecutive blocks of philox.h, in order: a block in each lane, of which the lower
+// half counts.
 REFT_INLINE void philox_words(uint64_t seed, uint64_t row, uint32_t first_block, uint32_t* words) {
-  Words c0 = {}, c1 = Words{} + row, c2 = Words{} + (row >> 32), c3 = {};
-  for (int i = 0; i < kBlocksAtOnce; ++i) c0[i] = first_block + static_cast<uint32_t>(i);
+  Words c0 = count_lanes() + first_block, c1 = broadcast<Words>(row), c2 = broadcast<Words>(row >> 32),
+        c3 = {};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const Words a = multiply_low_words(c0, Words{} + 0xD2511F53u);
@@ -382,11 +381,8 @@ REFT_INLINE void philox_words(uint64_t seed, uint64_t row, uint32_t first_block,
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  const Words first = (c0 & 0xffffffffu) | (c1 << 32), second = (c2 & 0xffffffffu) | (c3 << 32);
-  for (int i = 0; i < kBlocksAtOnce; ++i) {
-    const uint64_t pair[2] = {first[i], second[i]};
-    std::memcpy(words + 4 * i, pair, sizeof pair);
-  }
+  store_in_turns(words, (c0 & 0xffffffffu) | (c1 << 32), (c2 & 0xffffffffu) | (c3 << 32),
+                 std::make_index_sequence<kWordLanes>());
 }
 
 // x / (1 - p) where kept, else 0, whatever x is.

@@ -58,7 +58,7 @@ inline int64_t tile_rows(int64_t row_bytes, int64_t bytes) {
 // Calls work(0, count), through parallel_for only if the arithmetic is worth the threads.
 template <typename Work>
 void for_ranges(const ParallelFor& parallel_for, int64_t count, double multiplications, const Work& work) {
-  if (multiplications < 5e5 || count < 2) {
+  if (multiplications < 1e6 || count < 2) {
     work(0, count);
   } else {
     parallel_for(count, work);

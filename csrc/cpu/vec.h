@@ -289,6 +289,23 @@ REFT_INLINE Vector<T> sum_lanes(const Vector<T> (&v)[kCount]) {
 // --- the products of the lower halves of 64-bit lanes
 
 using Words = Pack<uint64_t, kVectorBytes / 8>;
+constexpr int kWordLanes = kVectorBytes / 8;
+
+// 0, 1, 2, ...
+REFT_INLINE Words count_lanes() {
+  static constexpr uint64_t kCount[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  return load_bits<Words>(kCount);
+}
+
+// a[0], b[0], a[1], b[1], ...
+template <size_t... kLane>
+REFT_INLINE void store_in_turns(void* to, Words a, Words b, std::index_sequence<kLane...>) {
+  constexpr auto from = [](int lane) { return lane / 2 + lane % 2 * kWordLanes; };
+  const Words low = __builtin_shufflevector(a, b, from(kLane)...);
+  const Words high = __builtin_shufflevector(a, b, (from(kLane) + kWordLanes / 2)...);
+  std::memcpy(to, &low, sizeof low);
+  std::memcpy(static_cast<char*>(to) + sizeof low, &high, sizeof high);
+}
 
 REFT_INLINE Words multiply_low_words(Words a, Words b) {
 #if defined(__AVX512F__)
