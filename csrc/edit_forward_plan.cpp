@@ -56,22 +56,23 @@ double cycles_of(const EditForwardParams& params, const Device& device, const Pl
   const Edit& e = params.edit;
   const double size = bytes_of(e.h_type), N = static_cast<double>(e.rows()), d = static_cast<double>(e.d);
   const double columns = d / plan.cluster, sms = device.multiprocessors;
-  const double weights = columns * e.r;
+  const double slots = std::min<double>(plan.tile_rows, N);
+  // Every group of a tile costs it a pass over that group's weights; how many it has is not known here.
+  const double passes = e.group.data ? std::min<double>(slots, e.groups) : 1;
+  const double weights = columns * e.r * passes;
   const double weight_bytes =
       weights * ((e.W.data ? bytes_of(e.W.type) : 0) + (e.subtract ? 2 : 1) * bytes_of(e.R.type));
-  const double row_bytes =
-      std::min<double>(plan.tile_rows, N) * columns * size * ((staged ? 2 : 3) + (params.rows ? 1 : 0));
+  const double row_bytes = slots * columns * size * ((staged ? 2 : 3) + (params.rows ? 1 : 0));
   const double products = products_of(e.linear()) + 1;
-  double multiplying = plan.tile_rows * weights * products / kFmas;
+  double multiplying = slots * columns * e.r * products / kFmas;
   if (plan.kernel == Kernel::kForwardMma) {
-    // The parts that a weight is taken into, and the operations that it costs.
-    const double parts = e.R.type == DType::kFloat32 ? 3 : 2,
-                 operations = e.R.type == DType::kFloat32 ? 6 : 2;
-    const double padded = columns * plan.rank_tile * products;
+    const bool floats = e.R.type == DType::kFloat32;  // to be taken apart
+    const double parts = floats ? 3 : 2, operations = floats ? 6 : 2;
+    const double padded = columns * plan.rank_tile * passes * products;
     multiplying = plan.tile_rows * padded * parts / kMmaFmas + padded * operations / kFmas;
   }
   const double fetching = (weight_bytes + row_bytes) / kL1Bytes;
-  const double waiting = fetches_of(e, plan, slice_columns(e.d, plan.cluster)) * kFetchCycles;
+  const double waiting = fetches_of(e, plan, slice_columns(e.d, plan.cluster)) * passes * kFetchCycles;
   const double exchanging = plan.cluster > 1 ? kClusterCycles + kPeerCycles * plan.cluster : 0;
   const double turn = kBlockCycles + fetching + multiplying + waiting + exchanging;
 
@@ -80,8 +81,7 @@ double cycles_of(const EditForwardParams& params, const Device& device, const Pl
   const double memory = N * d * size * 2 / (kMemoryBytes * sms);
   const double l2 = blocks * (weight_bytes + row_bytes) / (kL2Bytes * sms);
   const double busiest = std::ceil(blocks / sms) * std::max(fetching, multiplying);
-  return std::max({memory, l2, busiest, turns * turn}) +
-         turn / 100;  // of equals the one with the shorter blocks
+  return std::max({memory, l2, busiest, turns * turn}) + turn / 100;  // of equals, the shorter blocks
 }
 
 class Chooser {
@@ -122,6 +122,7 @@ class Chooser {
     best_ = plan;
   }
 
+  bool found() const { return found_; }
   const Plan& best() const { return best_; }
   bool vectors() const { return vectors_; }
 
@@ -184,19 +185,15 @@ Plan plan_edit_forward(const EditForwardParams& params, const Device& device) {
       chooser.offer(Kernel::kForwardCluster, rows, std::max(rank_tile, 4), cluster);
     }
   }
-  // Every group of a tile costs it a pass over its weights; beyond a few of them, rows that are taken one by
-  // one cost less.
-  constexpr int kMostMmaGroups = 4;
-  if (is_half(e.h_type) && chooser.vectors() && e.d > 0 && e.d % kMmaColumns == 0 &&
-      e.groups <= kMostMmaGroups && e.r * e.d <= INT32_MAX) {
+  if (is_half(e.h_type) && chooser.vectors() && e.d > 0 && e.d % kMmaColumns == 0 && e.r * e.d <= INT32_MAX) {
     const int rank_tile = e.r <= 8 ? 8 : e.r <= 16 ? 16 : e.r <= 32 ? 32 : 64;
     for (int cluster = 1; cluster <= widest; cluster *= 2) {
       chooser.offer(Kernel::kForwardMma, kMmaRows, rank_tile, cluster);
     }
   }
-  Plan plan = chooser.best();
-  if (plan.blocks < 1 || plan.shared_bytes == 0) plan.refusal = "takes fewer rows";
-  return plan;
+  if (chooser.found()) return chooser.best();
+  refused.refusal = "takes fewer rows, got " + std::to_string(e.rows());
+  return refused;
 }
 
 }  // namespace reft_kernels

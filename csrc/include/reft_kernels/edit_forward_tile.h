@@ -11,9 +11,7 @@ struct ForwardTile {
   int32_t rows = 1;     // slots of a tile
   int32_t cluster = 1;  // blocks of a tile
   int32_t slice = 0;    // columns of a block
-  bool vectors =
-      false;  // every row of h, y, rows, R and W starts at a multiple of 16 bytes and is whole ones long
-  bool staged = false;  // the tile's rows are held in shared memory
+  bool staged = false;  // the tile's rows are held in shared memory, and all is accessed by 16 bytes
 };
 
 constexpr int kMmaRows = 16;     // of the mma kernel
@@ -79,16 +77,17 @@ inline bool is_aligned(const void* data, int64_t stride_bytes) {
   return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride_bytes)) % 16 == 0;
 }
 
-// Whether all rows can be read and written by 16 bytes.
+// Whether all can be accessed by 16 bytes: every row of h, y, `rows`, R and W starts at a multiple of them
+// and is some of them long.
 inline bool forward_vectors(const EditForwardParams& p) {
   const Edit& e = p.edit;
   const int64_t size = bytes_of(e.h_type);
-  const auto rows = [size](const void* data, const int64_t (&stride)[2]) {
-    return is_aligned(data, stride[0] * size) && is_aligned(data, stride[1] * size);
+  const auto rows = [&e, size](const void* data, const int64_t (&stride)[2]) {
+    return is_aligned(data, (e.batch > 1 ? stride[0] : 0) * size) &&
+           is_aligned(data, (e.length > 1 ? stride[1] : 0) * size);
   };
   return is_aligned(p.rows, e.d * size) && rows(p.h.data, p.h.stride) && rows(p.y.data, p.y.stride) &&
-         is_aligned(e.R.data, e.d * bytes_of(e.R.type)) && is_aligned(e.W.data, e.d * bytes_of(e.W.type)) &&
-         is_aligned(nullptr, e.d * size);
+         is_aligned(e.R.data, e.d * bytes_of(e.R.type)) && is_aligned(e.W.data, e.d * bytes_of(e.W.type));
 }
 
 // The layout under a plan.
@@ -104,8 +103,7 @@ inline ForwardTile forward_tile(const EditForwardParams& params, const Plan& pla
   tile.rows = plan.tile_rows;
   tile.cluster = plan.cluster;
   tile.slice = static_cast<int32_t>(slice_columns(params.edit.d, plan.cluster));
-  tile.vectors = forward_vectors(params);
-  tile.staged = tile.vectors && plan.shared_bytes >= forward_shared(params.edit, plan, true).total;
+  tile.staged = forward_vectors(params) && plan.shared_bytes >= forward_shared(params.edit, plan, true).total;
   return tile;
 }
 
