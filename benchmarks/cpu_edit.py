@@ -6,7 +6,7 @@ All sides of a workload take turns in one process, forward, backward and both, e
 does not hold (two to four sets that share no row). Every side is checked against the oracle first, as in
 ``benchmarks.run``, whose peers, checks and timers these are. "copy" is ``copy_`` of a buffer such that as many bytes
 are read and written as the edit must at least (``workloads.minimum_bytes``): what memory alone would take. Times are
-medians; ratios are those of medians of one run. On a busy machine ``--threads 1 --cpu-time`` counts what the thread has
+medians; ratios are those of medians of one run. pyreft takes part in the first four workloads. On a busy machine ``--threads 1 --cpu-time`` counts what the thread has
 computed, not what passed.
 """
 
@@ -67,7 +67,7 @@ def measure(workload: Workload, peers: list[Peer], effort: Effort) -> dict[str, 
     oracle = expected(workload, sets[0], seed=1)
     taking_part = []
     for peer in peers:
-        if peer.refuses(workload, sets[0]) is not None:
+        if peer.refuses(workload, sets[0]) is not None or (peer.core_only and not workload.core):
             continue
         try:
             check(peer, workload, sets[0], oracle)
