@@ -7,24 +7,20 @@
 
 namespace reft_kernels {
 
-struct Bias {
-  float b, c;
-};
-
 struct DeltaTerms {
   float delta, s;
 };
 
 // `product`: A h (f linear, A = W - gamma R), or W h and R h; for one rank.
 template <bool kLinear>
-REFT_DEVICE DeltaTerms delta_of(const Edit& e, const Bias& bias,
+REFT_DEVICE DeltaTerms delta_of(const Edit& e, float b, float c,
                                 const float (&product)[products_of(kLinear)]) {
   if constexpr (kLinear) {
-    return {product[0] + (bias.b - bias.c), 0.0f};
+    return {product[0] + (b - c), 0.0f};
   } else {
-    const float s = product[0] + bias.b;
+    const float s = product[0] + b;
     const float f = activate(s, e.activation);
-    return {e.subtract ? f - (product[1] + bias.c) : f, s};
+    return {e.subtract ? f - (product[1] + c) : f, s};
   }
 }
 
@@ -138,23 +134,19 @@ struct ForwardBlock {
     return total;
   }
 
-  // Of slot `i / count` and rank `i % count`; zero where there is none.
-  REFT_DEVICE Bias bias_of(unsigned live, int count, int i) const {
+  // b of slot `i / count` and rank `i % count`; zero where there is none.
+  REFT_DEVICE float bias_of(unsigned live, int count, int i) const {
     const int k = i % count, m = i / count;
-    Bias bias{0.0f, 0.0f};
-    if (m >= rows || k >= e.r || !(live >> m & 1)) return bias;
-    const int64_t place = slots[m].group * e.r + k;
-    if (e.b.data) bias.b = float_at(e.b.data, e.b.type, place);
-    if (e.c.data && e.subtract) bias.c = float_at(e.c.data, e.c.type, place);
-    return bias;
+    if (m >= rows || k >= e.r || !(live >> m & 1) || !e.b.data) return 0.0f;
+    return float_at(e.b.data, e.b.type, slots[m].group * e.r + k);
   }
 
   // u of `count` ranks, at least r, for the block; delta and s to memory if the block `stores` them. `bias`
   // is the thread's own, number `thread`, which it asked for before there were sums to wait for.
-  REFT_DEVICE void find_delta(unsigned live, int count, Bias bias, bool clusters, bool stores) const {
+  REFT_DEVICE void find_delta(unsigned live, int count, float bias, bool clusters, bool stores) const {
     for (int i = thread; i < rows * count; i += threads) {
       const int k = i % count, m = i / count;
-      if (i != thread) bias = bias_of(live, count, i);
+      const float b = i == thread ? bias : bias_of(live, count, i);
       DeltaTerms terms{0.0f, 0.0f};
       float scaled = 0.0f;
       if (k < e.r && (live >> m & 1)) {
@@ -164,7 +156,9 @@ struct ForwardBlock {
           for (int j = 0; j < kProducts; ++j)
             product[j] = clusters ? cluster_sum(m, j, k) : block_sum(m, j, k);
         }
-        terms = delta_of<kLinear>(e, bias, product);
+        const bool has_c = e.c.data && e.subtract;
+        const float c = has_c ? float_at(e.c.data, e.c.type, slots[m].group * e.r + k) : 0.0f;
+        terms = delta_of<kLinear>(e, b, c, product);
         scaled = slots[m].scale * terms.delta;
       }
       u[m * ranks + k] = scaled;

@@ -455,7 +455,7 @@ struct ForwardMma : ForwardBlock<kLinear, kMmaRows> {
     sync_block();
     const unsigned live = Block::live_slots();
     stage(live);
-    const Bias bias = Block::bias_of(live, kRankTile, thread);
+    const float bias = Block::bias_of(live, kRankTile, thread);
     int64_t group = 0;
     if (multiplies) {
       for (unsigned left = live, mine; left; left &= ~mine) {

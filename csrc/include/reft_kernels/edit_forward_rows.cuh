@@ -234,7 +234,7 @@ struct ForwardRows : ForwardBlock<kLinear, max_tile_rows(kLinear, kRankTile)> {
   template <int kColumns>
   REFT_DEVICE void run(unsigned live, unsigned rank) const {
     const bool multiplies = Block::multiplies();
-    const Bias bias = Block::bias_of(live, ranks, thread);
+    const float bias = Block::bias_of(live, ranks, thread);
     if (multiplies) sum_groups<kColumns>(live);
     sync_block();
     if constexpr (kCluster) Block::exchange_sums(multiplies ? live : 0, rank);
