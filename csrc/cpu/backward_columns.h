@@ -38,15 +38,15 @@ class BackwardColumns {
   static constexpr int64_t kSlabBytes = 384 << 10;
 
   int64_t strips_in_slab() const {
-    if (b_.slots.active() <= kTileRows / 4)
-      return 1;  // no sums wait for a second tile, and little else is repeated
+    // No sums wait for a second tile, and little else is repeated.
+    if (b_.slots.active() <= kTileRows / 4) return 1;
     const int64_t strip_bytes =
         (3 * edit_.r + down_ranks_) * int64_t{strip_} * static_cast<int64_t>(sizeof(T));
     return std::max<int64_t>(kSlabBytes / strip_bytes, 1);
   }
 
-  // A strip that begins at column `at` of a slab has its panel and its sums, [ranks, columns], at `ranks *
-  // at`.
+  // A strip that begins at column `at` of a slab has its panel, and its sums, at `ranks * at`: [ranks,
+  // columns].
   struct Memory {
     Memory(const BackwardColumns& columns, int64_t slab_columns)
         : f(columns), slab(slab_columns), scratch(*this) {}
@@ -93,8 +93,10 @@ class BackwardColumns {
   };
 
   void slab(Memory& m, int64_t group, int64_t column, int columns) const {
-    const int64_t r = edit_.r, group_begin = b_.slots.group_begin(group),
-                  group_end = b_.slots.group_end(group);
+    const int64_t r = edit_.r;
+    const int64_t group_begin = b_.slots.group_begin(group), group_end = b_.slots.group_end(group);
+    const bool nothing_to_add = (!b_.wants_R || b_.p.dR.add) && (!b_.wants_W || b_.p.dW.add);
+    if (group_begin == group_end && nothing_to_add) return;
     std::fill(m.dR, m.dR + r * columns, T(0));
     std::fill(m.dW, m.dW + r * columns, T(0));
     if (corrects_) {
@@ -234,9 +236,9 @@ class BackwardColumns {
   const Backward<T>& b_;
   const Edit& edit_;
   int down_ranks_;
-  bool rebuilds_;    // the rows before the edit are rebuilt, strip by strip, or, where they are not to be
-                     // rounded:
-  bool corrects_;    // x is y, and sum gs y^T - (sum gs update^T) R is taken for sum gs x^T, likewise with gd
+  // Where x is y: rows are rebuilt, strip by strip, or, where there is no rounding to repeat, sum gs y^T is
+  // corrected by (sum gs update^T) R, and likewise with gd.
+  bool rebuilds_, corrects_;
   bool shares_sum_;  // where f is linear gd is gs, and dW's sum is part of dR
   bool sums_gs_;     // sum gs x^T is needed
   bool sums_gd_;     // sum gd x^T is needed on its own

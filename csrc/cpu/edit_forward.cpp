@@ -8,10 +8,11 @@ namespace reft_kernels::cpu {
 
 namespace {
 
-constexpr int64_t kPanelBytes = 16 << 10;  // of a strip: half of a small first-level cache
-constexpr int64_t kTileBytes = 256 << 10;  // rows of a tile, and
-constexpr int64_t kKeptPanelBytes = 256
-                                    << 10;  // panels that are kept from tile to tile: in a second-level cache
+// Of a strip: half of a small first-level cache.
+constexpr int64_t kPanelBytes = 16 << 10;
+// The rows of a tile, and the panels that are kept from tile to tile, share a second-level cache.
+constexpr int64_t kTileBytes = 256 << 10;
+constexpr int64_t kKeptPanelBytes = 256 << 10;
 
 template <typename T>
 class Forward {
