@@ -25,6 +25,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 OPS_LIBRARY = "libreft_kernels_ops.so"
 OLDEST_MAJOR = 8  # compute capability
+OLDEST_CUDA = (12, 8)
+# What the sources ask of a compiler beyond C++17.
+PROBE = """
+typedef float V __attribute__((vector_size(16)));
+template <auto f> constexpr auto call = f;
+V shuffled(V v) { return __builtin_shufflevector(v, v, 3, 2, 1, 0); }
+"""
 # Of one compiler: nvcc's on the largest source, all architectures, one after another.
 BYTES_OF_COMPILER = 3 << 30
 
@@ -62,6 +69,13 @@ def torch_has_cuda() -> bool:
     return (Path(torch.origin).parent / "lib/libtorch_cuda.so").is_file()
 
 
+def cuda_version(toolkit: Path) -> tuple[int, int]:
+    """Of a toolkit's compiler; (0, 0) if it does not tell."""
+    told = subprocess.run([toolkit / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", told)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def why_no_cuda(toolkit: Path | None) -> str | None:
     """Why the CUDA kernels are left out; None if they are built."""
     forced = is_set("REFT_KERNELS_FORCE_CUDA_BUILD")
@@ -79,14 +93,23 @@ def why_no_cuda(toolkit: Path | None) -> str | None:
                 "/usr/local/cuda)"
             )
         return "no CUDA toolkit was found"
+    version = cuda_version(toolkit)
+    if version < OLDEST_CUDA:
+        reason = "CUDA {}.{} or newer is needed, {} has {}.{}".format(*OLDEST_CUDA, toolkit, *version)
+        if forced:
+            raise SystemExit(f"reft_kernels: REFT_KERNELS_FORCE_CUDA_BUILD is set, but {reason}")
+        return reason
     if not torch_has_cuda() and not forced:
         return "the installed torch has no CUDA (REFT_KERNELS_FORCE_CUDA_BUILD=1 builds them all the same)"
     return None
 
 
 def architectures(listed: str) -> str:
-    """TORCH_CUDA_ARCH_LIST as CMake has it: "8.0;9.0a+PTX" to "80-real;90a-real;90a-virtual"."""
-    found = []
+    """TORCH_CUDA_ARCH_LIST as CMake has it: "8.0;9.0a+PTX" to "80-real;90a-real;90a-virtual".
+
+    Entries that no kernel is for are left out, as such lists are often set for everything that torch runs on.
+    """
+    found, too_old = [], []
     for entry in re.split(r"[;,\s]+", listed.strip()):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
         if match is None:
@@ -94,11 +117,16 @@ def architectures(listed: str) -> str:
                 f"reft_kernels: TORCH_CUDA_ARCH_LIST: expected entries like 9.0a or 12.0+PTX, got {entry!r}"
             )
         if int(match[1]) < OLDEST_MAJOR:
-            raise SystemExit(
-                f"reft_kernels: TORCH_CUDA_ARCH_LIST: the CUDA kernels need {OLDEST_MAJOR}.0 or newer, got {entry!r}"
-            )
+            too_old.append(entry)
+            continue
         name = match[1] + match[2]
         found += [f"{name}-real", *([f"{name}-virtual"] if match[3] else [])]
+    if too_old and not found:
+        raise SystemExit(
+            f"reft_kernels: TORCH_CUDA_ARCH_LIST: the CUDA kernels need {OLDEST_MAJOR}.0 or newer, got {listed!r}"
+        )
+    if too_old:
+        say(f"no CUDA kernels for {', '.join(too_old)}: they need {OLDEST_MAJOR}.0 or newer")
     return ";".join(found)
 
 
@@ -117,16 +145,27 @@ def jobs() -> int:
     return max(1, min(cores, free // BYTES_OF_COMPILER))
 
 
+def compiles(compiler: str) -> bool:
+    """Whether a compiler takes what the sources ask of it."""
+    probe = [compiler, "-x", "c++", "-std=c++20", "-fsyntax-only", "-"]
+    return subprocess.run(probe, input=PROBE, capture_output=True, text=True).returncode == 0
+
+
 def missing_tools() -> str | None:
     """What the native library cannot be built without, if it is not there."""
+    if sys.platform != "linux":
+        return f"Linux (this is {sys.platform})"
     if importlib.util.find_spec("torch") is None:
         return "torch, whose headers it is compiled with"
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11"
     if tool("cmake") is None:
         return "cmake"
-    if not any(tool(compiler) for compiler in (os.environ.get("CXX") or "c++", "g++", "clang++")):
+    compiler = next(filter(None, map(tool, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    if compiler is None:
         return "a C++ compiler"
+    if not compiles(compiler):
+        return f"a newer C++ compiler than {compiler} (C++20, g++ 12 or clang 12)"
     return None
 
 

@@ -149,6 +149,9 @@ inline EditBackwardParams backward_params(const Tensor& grad, const OptionalTens
   p.db = weight_gradient(db, ranks, add & 4);
   p.dc = weight_gradient(dc, ranks, add & 8);
   p.copy_idle = copy_idle;
+  STD_TORCH_CHECK(
+      not grad.is_cuda() or (barrier and barrier->is_cuda() and dtype_of(*barrier) == DType::kInt32),
+      "reft_kernels: expected an int32 barrier on the GPU");
   p.barrier = barrier ? static_cast<uint32_t*>(barrier->mutable_data_ptr()) : nullptr;
   return p;
 }

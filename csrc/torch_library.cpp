@@ -70,6 +70,20 @@ extern "C" __attribute__((visibility("default"))) const char* reft_kernels_instr
   return reft_kernels::cpu::instruction_set();
 }
 
+// For reft_kernels/backends/cuda.py: why no kernel can be launched on a device, or "". The text is the
+// thread's own.
+extern "C" __attribute__((visibility("default"))) const char* reft_kernels_cannot_launch(int device) {
+#if REFT_KERNELS_WITH_CUDA
+  static thread_local std::string reason;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  reason = reft_kernels::cuda::cannot_launch(device);
+  return reason.c_str();
+#else
+  static_cast<void>(device);
+  return "built without CUDA";
+#endif
+}
+
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, library) {
   using namespace reft_kernels;
   library.impl("native_edit_forward", TORCH_BOX((&Op<OnCpu, &forward_params>::run)));

@@ -34,11 +34,11 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def toolkit_in(folder: Path, *, headers: bool = True) -> Path:
+def toolkit_in(folder: Path, *, headers: bool = True, version: str = "13.0") -> Path:
     (folder / "bin").mkdir(parents=True)
     (folder / "include").mkdir()
     nvcc = folder / "bin/nvcc"
-    nvcc.write_text("#!/bin/sh\n")
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.1'\n")
     nvcc.chmod(0o755)
     if headers:
         (folder / "include/cuda_runtime.h").touch()
@@ -65,33 +65,55 @@ def test_no_architecture(build: ModuleType, entry: str) -> None:
 
 
 def test_architectures_that_are_too_old(build: ModuleType) -> None:
-    with pytest.raises(SystemExit, match=r"need 8\.0 or newer, got '7\.5\+PTX'"):
-        build.architectures("9.0a 7.5+PTX")
+    with pytest.raises(SystemExit, match=r"need 8\.0 or newer, got '7\.0 7\.5\+PTX'"):
+        build.architectures("7.0 7.5+PTX")
+    assert build.architectures("7.5 9.0a 10.0+PTX") == "90a-real;100-real;100-virtual"
+
+
+def test_toolkits_that_are_too_old(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "torch_has_cuda", lambda: True)
+    toolkit = toolkit_in(tmp_path, version="12.6")
+    assert "CUDA 12.8 or newer is needed" in build.why_no_cuda(toolkit)
+    monkeypatch.setenv("REFT_KERNELS_FORCE_CUDA_BUILD", "1")
+    with pytest.raises(SystemExit, match=r"12\.8 or newer is needed, .* has 12\.6"):
+        build.why_no_cuda(toolkit)
+
+
+def test_compilers_that_are_too_old(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert build.missing_tools() is None
+    compiler = tmp_path / "g++-9"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "a newer C++ compiler than" in build.missing_tools()
 
 
 def test_cuda_is_built_where_torch_has_it(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    toolkit = toolkit_in(tmp_path / "cuda")
     monkeypatch.setattr(build, "torch_has_cuda", lambda: True)
-    assert build.why_no_cuda(tmp_path) is None
+    assert build.why_no_cuda(toolkit) is None
     assert build.why_no_cuda(None) == "no CUDA toolkit was found"
     monkeypatch.setattr(build, "torch_has_cuda", lambda: False)
-    assert "the installed torch has no CUDA" in build.why_no_cuda(tmp_path)
+    assert "the installed torch has no CUDA" in build.why_no_cuda(toolkit)
 
 
 def test_cuda_is_skipped_on_demand(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    toolkit = toolkit_in(tmp_path / "cuda")
     monkeypatch.setattr(build, "torch_has_cuda", lambda: True)
     monkeypatch.setenv("REFT_KERNELS_SKIP_CUDA_BUILD", "1")
-    assert build.why_no_cuda(tmp_path) == "REFT_KERNELS_SKIP_CUDA_BUILD is set"
+    assert build.why_no_cuda(toolkit) == "REFT_KERNELS_SKIP_CUDA_BUILD is set"
     monkeypatch.setenv("REFT_KERNELS_FORCE_CUDA_BUILD", "1")
     with pytest.raises(SystemExit, match="are both set"):
-        build.why_no_cuda(tmp_path)
+        build.why_no_cuda(toolkit)
     monkeypatch.setenv("REFT_KERNELS_SKIP_CUDA_BUILD", "0")
-    assert build.why_no_cuda(tmp_path) is None
+    assert build.why_no_cuda(toolkit) is None
 
 
 def test_cuda_is_forced(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    toolkit = toolkit_in(tmp_path / "cuda")
     monkeypatch.setattr(build, "torch_has_cuda", lambda: False)
     monkeypatch.setenv("REFT_KERNELS_FORCE_CUDA_BUILD", "1")
-    assert build.why_no_cuda(tmp_path) is None
+    assert build.why_no_cuda(toolkit) is None
     with pytest.raises(SystemExit, match="FORCE_CUDA_BUILD is set, but no CUDA toolkit was found"):
         build.why_no_cuda(None)
 
@@ -141,6 +163,7 @@ def test_what_is_missing(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     modules, programs = {"torch", "pybind11"}, {"cmake", "clang++"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in modules else None)
     monkeypatch.setattr(build, "tool", lambda name: name if name in programs else None)
+    monkeypatch.setattr(build, "compiles", lambda compiler: True)
     assert build.missing_tools() is None
     for there, name, said in (
         (programs, "clang++", "a C++ compiler"),
@@ -155,6 +178,7 @@ def test_what_is_missing(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_named_compiler_is_one(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(build, "tool", lambda name: name if name in {"cmake", "icpx"} else None)
+    monkeypatch.setattr(build, "compiles", lambda compiler: True)
     assert build.missing_tools() == "a C++ compiler"
     monkeypatch.setenv("CXX", "icpx")
     assert build.missing_tools() is None
@@ -210,6 +234,7 @@ def test_cmake_is_told_of_cuda(
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(build, "missing_tools", lambda: None)
     monkeypatch.setattr(build, "torch_has_cuda", lambda: True)
+    monkeypatch.setattr(build, "cuda_version", lambda toolkit: (13, 0))
     monkeypatch.setenv("CUDA_HOME", str(toolkit_in(tmp_path / "toolkit")))
     if listed:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)

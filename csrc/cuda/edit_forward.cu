@@ -13,6 +13,11 @@ extern template std::string launch_edit_forward<float>(const EditForwardParams&,
 extern template std::string launch_edit_forward<BFloat16>(const EditForwardParams&, const Plan&, int, void*);
 extern template std::string launch_edit_forward<Float16>(const EditForwardParams&, const Plan&, int, void*);
 
+std::string cannot_launch(int device) {
+  Device properties;
+  return device_of(device, properties);
+}
+
 std::string edit_forward(const EditForwardParams& params, int device, void* stream) {
   Device properties;
   const std::string problem = device_of(device, properties);

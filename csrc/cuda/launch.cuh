@@ -3,11 +3,13 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <string>
 #include <utility>
 
+#include "reft_kernels/device.cuh"
 #include "reft_kernels/edit_plan.h"
 
 namespace reft_kernels::cuda {
@@ -17,7 +19,10 @@ inline std::string message_of(cudaError_t error, const char* during) {
   return std::string(during) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
 }
 
-// Returns "" or what went wrong.
+// Stands for all kernels when the runtime is asked what they were compiled for.
+static REFT_KERNEL(32, 1) compiled_for_what() {}
+
+// Of the current device, which has that number. Returns "" or what went wrong.
 inline std::string device_of(int device, Device& found) {
   static std::mutex mutex;
   static std::map<int, Device> known;
@@ -39,7 +44,13 @@ inline std::string device_of(int device, Device& found) {
     const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device);
     if (error != cudaSuccess) return message_of(error, "cudaDeviceGetAttribute");
   }
-  found.capability = 10 * major + minor;
+  // Code compiled for less than the device is (from PTX, at run time) can do no more than what it was
+  // compiled for.
+  cudaFuncAttributes compiled = {};
+  const cudaError_t error =
+      cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(&compiled_for_what));
+  if (error != cudaSuccess) return message_of(error, "no kernel can be launched here");
+  found.capability = std::min(10 * major + minor, compiled.ptxVersion);
   found.multiprocessors = multiprocessors;
   found.shared_bytes = shared;
   found.l2_bytes = l2;

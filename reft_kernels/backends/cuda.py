@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -40,7 +41,15 @@ def unsupported(problem: EditProblem) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < MIN_CAPABILITY:
         return f"needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer, got {major}.{minor}"
-    return unsupported_operands(p)
+    return cannot_launch(device.index) or unsupported_operands(p)
+
+
+@functools.cache
+def cannot_launch(index: int) -> str | None:
+    """Why a GPU does not take the library's code (none was compiled for it, its driver is too old); None if it does."""
+    function = ctypes.CDLL(str(native.LIBRARY)).reft_kernels_cannot_launch
+    function.restype = ctypes.c_char_p
+    return function(index).decode() or None
 
 
 def unsupported_operands(p: EditProblem) -> str | None:

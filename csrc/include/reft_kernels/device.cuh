@@ -83,7 +83,9 @@ REFT_DEVICE void store_8(void* address, const Vector8& v) {
 
 // A load from the L2 cache, past L1: of what another block wrote in this launch, before a grid barrier.
 REFT_DEVICE float load_from_other_block(const float* address) {
-  return __ldcg(address);
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+  return value;
 }
 
 // Global to shared memory, 16 bytes, without passing through registers. Both addresses are multiples of 16.
@@ -194,7 +196,9 @@ REFT_DEVICE void bulk_wait(uint64_t* barrier, unsigned parity) {
 
 #else  // so that what is never launched there compiles
 
-REFT_DEVICE unsigned cluster_rank() { return 0; }
+REFT_DEVICE unsigned cluster_rank() {
+  return 0;
+}
 REFT_DEVICE void cluster_arrive() {}
 REFT_DEVICE void cluster_wait() {}
 REFT_DEVICE void cluster_store(float*, unsigned, float) {}

@@ -301,7 +301,7 @@ struct BackwardRows {
   REFT_DEVICE void sum_tile(int i, const float (&A)[kRanks][kColumns]) {
     const bool linear = kUsual || e.linear(), needs_dh = kUsual || p.dh.data, needs_dR = kUsual || p.dR.data;
     const bool needs_x = kUsual || stream.needs_x(), needs_grad = kUsual || stream.needs_grad();
-    const bool rebuilds = !kUsual && p.rebuild, drops = !kUsual && e.seed;
+    const bool rebuilds = !kUsual && p.rebuild && needs_x, drops = !kUsual && e.seed;
     const bool needs_u = needs_dR || rebuilds, crosses = needs_dR && e.subtract && !linear;
     const SlabSlot* slots = stream.table(i);
     const H *grad_rows = stream.grad_row(i, 0) + my_column, *x_rows = stream.x_row(i, 0) + my_column;

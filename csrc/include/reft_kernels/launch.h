@@ -24,6 +24,9 @@ const char* instruction_set();
 
 namespace cuda {
 
+// Why no kernel of the library can be launched on a device, the current one; "" if they can.
+std::string cannot_launch(int device);
+
 // On the current device; `stream` is a cudaStream_t. Returns "" or what went wrong.
 std::string edit_forward(const EditForwardParams& params, int device, void* stream);
 std::string edit_backward(const EditBackwardParams& params, int device, void* stream);

@@ -81,6 +81,13 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaSuccess ? "cudaSuccess" : "cudaError";
 }
+struct cudaFuncAttributes {
+  int ptxVersion = 0;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = on_cpu::device.capability;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
