@@ -55,7 +55,10 @@ def compiled(file: str, arch: str) -> list[dict[str, object]]:
     names = output_of("c++filt", *usage[::2]).splitlines() if usage else []
     rows = []
     for mangled, name, text in zip(usage[::2], names, usage[1::2], strict=True):
-        kernel, arguments = only(r"reft_kernels::(\w+<.*)>\(reft_kernels::", name.removeprefix("void ")).split("<")
+        edit = re.search(r"reft_kernels::(edit_\w+)<(.*)>\(reft_kernels::", name)
+        if edit is None:
+            continue  # a kernel that the launchers only ask the runtime about
+        kernel, arguments = edit.groups()
         rows.append({
             "kernel": kernel,
             "arguments": arguments,
