@@ -42,9 +42,8 @@ double fetches_of(const Edit& e, const Plan& plan, int64_t columns) {
 // Blocks that a multiprocessor holds at once.
 double resident_blocks(const Edit& e, const Device& device, const Plan& plan) {
   constexpr int kRegisters = 65536, kReservedBytes = 1024;
-  const bool slim = plan.kernel == Kernel::kForwardMma
-                        ? plan.rank_tile <= 16
-                        : e.linear() && plan.rank_tile <= (e.h_type == DType::kFloat32 ? 4 : 1);
+  const bool slim =
+      plan.kernel == Kernel::kForwardMma ? plan.rank_tile <= 16 : e.linear() && plan.rank_tile == 1;
   const int by_registers = kRegisters / (plan.threads * (slim ? 128 : 224));
   const int by_memory = (device.shared_bytes + kReservedBytes) / (plan.shared_bytes + kReservedBytes);
   return std::max(1, std::min(by_registers, by_memory));

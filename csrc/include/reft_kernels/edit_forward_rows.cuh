@@ -247,13 +247,12 @@ struct ForwardRows : ForwardBlock<kLinear, max_tile_rows(kLinear, kRankTile)> {
 
 // Blocks of a multiprocessor: two where the registers suffice, so that one waits for its rows while the other
 // computes.
-template <typename H>
 constexpr int forward_rows_blocks(bool linear, int rank_tile) {
-  return linear && (rank_tile == 1 || (rank_tile == 4 && sizeof(H) == 4)) ? 2 : 1;
+  return linear && rank_tile == 1 ? 2 : 1;
 }
 
 template <typename H, typename TR, typename TW, bool kLinear, int kRankTile, bool kCluster>
-REFT_KERNEL(256, forward_rows_blocks<H>(kLinear, kRankTile))
+REFT_KERNEL(256, forward_rows_blocks(kLinear, kRankTile))
 edit_forward_rows(REFT_GRID_CONSTANT EditForwardParams params, REFT_GRID_CONSTANT ForwardTile tile) {
   using Rows = ForwardRows<H, TR, TW, kLinear, kRankTile, kCluster>;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
