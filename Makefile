@@ -69,7 +69,7 @@ $(VENV)/ready: $(PINS) pyproject.toml setup.py
 # The native kernels once more, where their sources are newer.
 $(VENV)/native: $(VENV)/ready $(NATIVE_BUILD)
 	@echo "setup: native kernels"
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python setup.py --quiet build_ext --inplace >$(VENV)/native.log || { cat $(VENV)/native.log >&2; exit 1; }
 	@touch $@
 
 .PHONY: demo
@@ -87,6 +87,10 @@ test: $(VENV)/native ## run every test (PYTEST_ARGS="-k name" to choose)
 .PHONY: test-fast
 test-fast: $(VENV)/native ## run the tests that are not marked slow
 	@$(BIN)/python $(PYTEST) python_tests -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: test-sanitized
+test-sanitized: $(VENV)/native ## run the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
+	@REFT_KERNELS_SANITIZE=1 $(BIN)/python -m pytest python_tests/test_edit_cpu_sanitizer.py $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/native ## run the tests that need a CUDA device
