@@ -131,6 +131,15 @@ def test_native_says_which_instructions_it_uses() -> None:
         assert run(script, REFT_KERNELS_CPU_ISA="baseline") == "baseline"
 
 
+def test_what_is_added_to_keeps_its_digits() -> None:
+    """Sums are kept in float32 here, the gradient that they are added to is float64."""
+    h, R, b = torch.randn(3, 8), torch.randn(2, 8), torch.randn(2)
+    W = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    W.grad = torch.full_like(W, 1 + 2**-40)
+    (0 * edit(h, R, W, b, accumulate=True, backend="cpu")).sum().backward()
+    assert_bitwise_equal(W.grad, torch.full_like(W, 1 + 2**-40))
+
+
 def test_one_row_of_one_number() -> None:
     h, R, W, b = torch.tensor([[3.0]]), torch.tensor([[2.0]]), torch.tensor([[5.0]]), torch.tensor([7.0])
     assert edit(h, R, W, b, backend="cpu").item() == 3 + 2 * (5 * 3 + 7 - 2 * 3)

@@ -113,6 +113,13 @@ static void widen_difference(const void* from, DType type, const void* minus, DT
 
 template <typename T, typename S>
 static void narrow_to(const T* from, const T* minus, int64_t count, bool add, S* to) {
+  if constexpr (sizeof(S) > sizeof(T)) {  // what is there has more digits than T holds
+    for (int64_t i = 0; i < count; ++i) {
+      const T v = minus == nullptr ? from[i] : from[i] - minus[i];
+      to[i] = add ? to[i] + static_cast<S>(v) : static_cast<S>(v);
+    }
+    return;
+  }
   constexpr int kStep = kLanes<T>;
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) {
