@@ -16,8 +16,7 @@ class BackwardColumns {
       : b_(backward),
         edit_(b_.edit),
         down_ranks_(b_.panels.down_ranks()),
-        rebuilds_(b_.p.rebuild && b_.reads_x && edit_.h_type != edit_.accumulator),
-        corrects_(b_.p.rebuild && b_.reads_x && edit_.h_type == edit_.accumulator),
+        rebuilds_(b_.p.rebuild && b_.reads_x),
         shares_sum_(edit_.linear() && b_.wants_R && edit_.subtract),
         sums_gs_(b_.wants_W || shares_sum_),
         sums_gd_(!edit_.linear() && b_.wants_R && edit_.subtract),
@@ -63,12 +62,8 @@ class BackwardColumns {
         s.take(g, int64_t{kTileRows} * f.strip_);
         if (g != nullptr) g_rows.point_to(g, f.strip_);
       }
-      if (f.rebuilds_ || f.corrects_) s.take(up_panel, r * slab);
-      if (f.corrects_) {
-        s.take(gs_update, r * r);
-        s.take(gd_update, r * r);
-      }
       if (f.rebuilds_) {
+        s.take(up_panel, r * slab);
         s.take(x, int64_t{kTileRows} * f.strip_);
         if (x != nullptr) x_rows.point_to(x, f.strip_);
       }
@@ -82,10 +77,8 @@ class BackwardColumns {
     T* dW;      // sum of gs x^T
     T* update;  // scale * delta of a tile
     T* gs;
-    T* gd;                   // negative
-    T* back;                 // the factors of the `down` panel in dh
-    T* gs_update = nullptr;  // sum of gs update^T
-    T* gd_update = nullptr;
+    T* gd;           // negative
+    T* back;         // the factors of the `down` panel in dh
     T* g = nullptr;  // strips in T, after dropout and before the edit
     T* x = nullptr;
     WideRows<T> g_rows, x_rows;
@@ -99,33 +92,18 @@ class BackwardColumns {
     if (group_begin == group_end && nothing_to_add) return;
     std::fill(m.dR, m.dR + r * columns, T(0));
     std::fill(m.dW, m.dW + r * columns, T(0));
-    if (corrects_) {
-      std::fill(m.gs_update, m.gs_update + r * r, T(0));
-      std::fill(m.gd_update, m.gd_update + r * r, T(0));
-    }
     BackwardTile tiles[2];
     read_tile(b_, group_begin, group_end, tiles[0]);
     if (tiles[0].rows > 0) fill_panels(m, group, column, columns);
     for (int current = 0; tiles[current].rows > 0; current = 1 - current) {
       read_tile(b_, tiles[current].end, group_end, tiles[1 - current]);
       read_factors(m, tiles[current]);
-      if (corrects_) add_factors(m, tiles[current].rows);
       for (int at = 0; at < columns; at += strip_) {
         strip(m, tiles[current], tiles[1 - current], column, at, columns);
       }
     }
-    if (corrects_) {
-      for (int64_t i = 0; i < r * r; ++i) {
-        m.gs_update[i] = -m.gs_update[i];
-        m.gd_update[i] = -m.gd_update[i];
-      }
-    }
     for (int at = 0; at < columns; at += strip_) {
       const int count = std::min(strip_, columns - at);
-      if (corrects_ && group_begin < group_end) {
-        if (sums_gs_) correct(m, m.gs_update, m.dW, at, count);
-        if (sums_gd_) correct(m, m.gd_update, m.dR, at, count);
-      }
       for (int k = 0; k < r; ++k) {
         const int64_t to = (group * r + k) * edit_.d + column + at, from = r * at + int64_t{k} * count;
         if (b_.wants_R) b_.deliver(b_.p.dR, to, count, m.dR + from, shares_sum_ ? m.dW + from : nullptr);
@@ -166,26 +144,6 @@ class BackwardColumns {
         if (edit_.W.data != nullptr) std::copy_n(m.gs + to, r, back);
         if (edit_.subtract) std::copy_n(m.gd + to, r, back + b_.panels.subtracted_at());
       }
-    }
-  }
-
-  void add_factors(const Memory& m, int rows) const {
-    const int r = edit_.r;
-    WideRows<T> update;
-    update.point_to(m.update, r);
-    if (sums_gs_) b_.kernels.outer({update.row, 0}, {}, {rows, r}, m.gs, r, r, m.gs_update, r);
-    if (sums_gd_) b_.kernels.outer({update.row, 0}, {}, {rows, r}, m.gd, r, r, m.gd_update, r);
-  }
-
-  // A strip of sums += factors R.
-  void correct(const Memory& m, const T* factors, T* sums, int at, int columns) const {
-    const int64_t r = edit_.r;
-    const Panel<T> panel{m.up_panel + r * at, columns, edit_.r};
-    for (int64_t first = 0; first < r; first += kTileRows) {
-      WideRows<T> rows;
-      rows.point_to(sums + r * at + first * columns, columns);
-      const Shape shape{static_cast<int>(std::min<int64_t>(kTileRows, r - first)), columns};
-      b_.kernels.up({rows.row, 0}, {}, {rows.row, 0}, shape, panel, factors + first * r);
     }
   }
 
@@ -236,9 +194,7 @@ class BackwardColumns {
   const Backward<T>& b_;
   const Edit& edit_;
   int down_ranks_;
-  // Where x is y: rows are rebuilt, strip by strip, or, where there is no rounding to repeat, sum gs y^T is
-  // corrected by (sum gs update^T) R, and likewise with gd.
-  bool rebuilds_, corrects_;
+  bool rebuilds_;  // x is y: rows are rebuilt, strip by strip. To correct sums of y instead would lose digits
   bool shares_sum_;  // where f is linear gd is gs, and dW's sum is part of dR
   bool sums_gs_;     // sum gs x^T is needed
   bool sums_gd_;     // sum gd x^T is needed on its own
