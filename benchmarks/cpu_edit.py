@@ -6,8 +6,8 @@ All sides of a workload take turns in one process, forward, backward and both, e
 does not hold (two to four sets that share no row). Every side is checked against the oracle first, as in
 ``benchmarks.run``, whose peers, checks and timers these are. "copy" is ``copy_`` of a buffer such that as many bytes
 are read and written as the edit must at least (``workloads.minimum_bytes``): what memory alone would take. Times are
-medians; ratios are those of medians of one run. pyreft takes part in the first four workloads. On a busy machine ``--threads 1 --cpu-time`` counts what the thread has
-computed, not what passed.
+medians; ratios are those of medians of one run. pyreft takes part in the first four workloads. On a busy machine
+``--threads 1 --cpu-time`` counts what the thread has computed, not what passed.
 """
 
 from __future__ import annotations
