@@ -228,7 +228,7 @@ def test_without_debug_mode_nothing_is_read_back(launches, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("value", "expected"), [("1", "True"), ("0", "False"), ("", "False")])
 def test_debug_mode_by_environment(value: str, expected: str) -> None:
-    code = "import reft_kernels.functional as f; print(f._debug)"
+    code = "from reft_kernels.debug import debug_is_on; print(debug_is_on())"
     environment = {**os.environ, "REFT_KERNELS_DEBUG": value}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected

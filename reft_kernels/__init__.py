@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from reft_kernels.debug import set_debug
 from reft_kernels.functional import (
     available_backends,
     consreft,
@@ -13,7 +14,6 @@ from reft_kernels.functional import (
     loreft,
     nodireft,
     noreft,
-    set_debug,
 )
 from reft_kernels.interventions import (
     ConsreftIntervention,
@@ -23,7 +23,7 @@ from reft_kernels.interventions import (
     NodireftIntervention,
     NoreftIntervention,
 )
-from reft_kernels.orthogonal import OrthonormalRows
+from reft_kernels.orthogonal import OrthonormalRows, orthonormal_rows
 
 if TYPE_CHECKING:
     from reft_kernels.config import ReftConfig
@@ -54,6 +54,7 @@ __all__ = [
     "make_supervised_data_module",
     "nodireft",
     "noreft",
+    "orthonormal_rows",
     "set_debug",
 ]
 

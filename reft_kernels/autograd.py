@@ -199,7 +199,7 @@ def _place(leaf: Tensor | None) -> Tensor | None:
 
 
 def first_derivative_only(
-    gradients: tuple[Tensor | None, ...], inputs: Iterable[Tensor | None]
+    gradients: tuple[Tensor | None, ...], inputs: Iterable[Tensor | None], message: str = NO_SECOND_DERIVATIVE
 ) -> tuple[Tensor | None, ...]:
     """Gradients as they are, but such that differentiating them raises; for ``create_graph=True``.
 
@@ -207,14 +207,15 @@ def first_derivative_only(
     are the tensors that the gradients depend on.
     """
     anchors = [t for t in inputs if t is not None and t.requires_grad]
-    return _FirstDerivative.apply(len(gradients), *gradients, *anchors)  # type: ignore[no-any-return]
+    return _FirstDerivative.apply(message, len(gradients), *gradients, *anchors)  # type: ignore[no-any-return]
 
 
 class _FirstDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.message = message
         return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(NO_SECOND_DERIVATIVE)
+        raise NotImplementedError(ctx.message)

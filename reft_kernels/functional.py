@@ -9,7 +9,6 @@ Checks the operands, brings them into one layout and hands them to a backend: th
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -17,21 +16,11 @@ from torch import Tensor
 
 from reft_kernels.autograd import Options, apply_edit, saves_through_hooks
 from reft_kernels.backends.registry import BACKENDS, NAMES, availability, order, refusal
+from reft_kernels.debug import debug_is_on
 from reft_kernels.operands import check_contents, check_layout, check_writable, checked
 from reft_kernels.operands import normalise as _normalise
 from reft_kernels.ops import edit_in_place, run_forward
 from reft_kernels.problem import EditProblem, grouped
-
-_debug = os.environ.get("REFT_KERNELS_DEBUG", "0") not in ("", "0")
-
-
-def set_debug(enabled: bool) -> None:
-    """Turns the debug checks on or off: positions and groups are read back and checked for range and duplicates.
-
-    They cost a host synchronisation a call. The environment variable REFT_KERNELS_DEBUG=1 turns them on at import.
-    """
-    global _debug
-    _debug = enabled
 
 
 def edit(
@@ -95,8 +84,8 @@ def edit(
     Raises:
         TypeError: an operand is not a tensor of the kind named above.
         ValueError: shapes, devices or settings that do not fit, or a backend that cannot take this edit. In debug
-            mode (:func:`set_debug`) also positions or groups out of range, and positions named twice; without it an
-            out-of-range entry names no row, and of two edits of one row either may win.
+            mode (:func:`reft_kernels.set_debug`) also positions or groups out of range, and positions named twice;
+            without it an out-of-range entry names no row, and of two edits of one row either may win.
         NotImplementedError: in the backward, where a second derivative is asked for.
 
     Source: Wu et al., 2024 (arXiv 2404.03592), equations 2 and 3 and appendix E; pyreft/interventions.py.
@@ -116,7 +105,7 @@ def edit(
             return y.view(h.shape)
         check_layout(h)
         return edit_in_place(h, problem, backend)
-    if _debug:
+    if debug_is_on():
         check_contents(problem)
     if inplace:
         check_writable(h)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from reft_kernels import checkpoint
 from reft_kernels.config import ReftConfig, Representation
 from reft_kernels.hooks import CallHook, InputHook, OutputHook, is_fusable
-from reft_kernels.interventions import Intervention
+from reft_kernels.interventions import Intervention, RotateLayer
 from reft_kernels.locations import Places
 from reft_kernels.modules import (
     Site,
@@ -28,6 +28,7 @@ from reft_kernels.modules import (
     module_device,
     text_config,
 )
+from reft_kernels.orthogonal import OrthonormalRows, shared_rows
 from reft_kernels.plan import activated
 from reft_kernels.planner import Planner
 
@@ -123,6 +124,12 @@ class ReftModel(nn.Module):
         self._handles.append(called_model(self.model).register_forward_pre_hook(call, with_kwargs=True))
         weakref.finalize(self, _remove, self._handles)
 
+    def _rows(self) -> list[OrthonormalRows]:
+        """The parametrisations of the built-in interventions, as they are now."""
+        layers = (getattr(module, "rotate_layer", None) for module in self.interventions.values())
+        rows = (layer.rows for layer in layers if isinstance(layer, RotateLayer))
+        return [module for module in rows if isinstance(module, OrthonormalRows)]
+
     def remove_hooks(self) -> None:
         """Take this model's hooks off the base model, which then knows nothing of it. There is no way back."""
         for handle in self._handles:
@@ -200,7 +207,7 @@ class ReftModel(nn.Module):
             inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace
         )
         plan.rebuild = self.config.rebuild
-        with activated(plan):
+        with activated(plan), shared_rows(self._rows()):
             edited = self.model(**inputs)
         if base is None and not output_original_output:
             return edited
@@ -245,7 +252,7 @@ class ReftModel(nn.Module):
             inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace, intervene_on_prompt
         )
         original = run(**inputs) if output_original_output else None
-        with activated(plan):
+        with activated(plan), shared_rows(self._rows()):
             edited = run(**inputs)
         if not plan.calls:
             called = type(called_model(self.model)).__name__

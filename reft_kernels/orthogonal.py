@@ -11,26 +11,32 @@ where E is the first r columns of the identity. Both products of reflectors are 
 
     H_1 ... H_r = I - V T V^T,            T^-1 = strict upper part of V^T V + half its diagonal,
 
-so that B is r reflectors and r signs: 2 d r numbers in all instead of d^2, and O(d r^2) work.
+so that B is r reflectors and r signs: 2 d r numbers in all instead of d^2, and O(d r^2) work. All R of a model are one
+call of a backend forward and one backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from reft_kernels.autograd import first_derivative_only
+from reft_kernels.backends.orthonormal_registry import choose
+from reft_kernels.debug import debug_is_on
+from reft_kernels.orthonormal_ops import NO_SECOND_DERIVATIVE
+from reft_kernels.orthonormal_problem import OrthonormalProblem
 from reft_kernels.problem import wide_default_dtype, without_autocast
 
 _optimizer_steps = 0
 
 
 def _count_optimizer_step(*_: Any) -> None:
-    """Some optimisers write parameters behind autograd's back (``.data``, kernels of their own)."""
+    """Some optimisers write parameters behind autograd's back, by kernels of their own."""
     global _optimizer_steps
     _optimizer_steps += 1
 
@@ -38,13 +44,31 @@ def _count_optimizer_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
+class WatchedParameter(nn.Parameter):
+    """A parameter that counts how often its ``.data`` is taken or set: writing through it leaves no other trace."""
+
+    _data_taken = 0
+
+    @property
+    def data(self) -> Tensor:
+        """As of every tensor."""
+        self._data_taken += 1
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._data_taken += 1
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+
 class OrthonormalRows(nn.Module):
     """R [r, d] with orthonormal rows, as a function of an unconstrained parameter X [d, r].
 
-    ``weight`` is R in float32 (float64 if X is), differentiable to X. It is computed once and kept until X
-    changes: in place, by an optimiser's step, by ``load_state_dict`` or by a move to another device. Writing into
-    ``X.data`` outside an optimiser's step leaves no trace and is not seen; write X under ``torch.no_grad()``. The
-    state (X and the base) is exact: a module that loads it has the same R, bit for bit.
+    ``weight`` is R in float32 (float64 if X is), differentiable to X once. It is computed once and kept until X
+    changes: in place, through ``.data``, by an optimiser's step, by ``load_state_dict``, by a move to another device or
+    because another tensor takes its place. What leaves no trace anywhere, such as a write through NumPy's view of X or
+    through a ``.data`` taken long before, is not seen. The state (X and the base) is exact: a module that loads it has
+    the same R, bit for bit. Several modules' R are one computation in :func:`orthonormal_rows`.
 
     Args:
         d: the length of a row.
@@ -53,30 +77,32 @@ class OrthonormalRows(nn.Module):
     Raises:
         ValueError: r is not in [1, d].
 
+    A gradient of R that is not finite makes one of X that is not, as of any other parameter; in debug mode
+    (:func:`reft_kernels.set_debug`) the backward raises FloatingPointError instead.
+
     Source: the householder map of torch.nn.utils.parametrizations.orthogonal; pyreft's LowRankRotateLayer.
     """
 
+    orthogonality: ClassVar[str] = "householder"
     reflectors: Tensor
     signs: Tensor
 
     def __init__(self, d: int, r: int) -> None:
         super().__init__()
-        if not 1 <= r <= d:
-            raise ValueError(f"r: expected 1 <= r <= d={d}, got {r}")
+        check_sizes(d, r)
         self.d, self.r = d, r
         dtype = wide_default_dtype()
         self.X = nn.Parameter(torch.empty(d, r, dtype=dtype))
         self.register_buffer("reflectors", torch.empty(d, r, dtype=dtype))
         self.register_buffer("signs", torch.empty(r, dtype=dtype))
-        self._cache: _Cache | None = None
+        self._cache: tuple[tuple[Any, ...], nn.Parameter, Tensor] | None = None
+        self._shared: Tensor | None = None
         self._captured = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws R uniformly (``torch.nn.init.orthogonal_``) and makes it the base."""
-        start = torch.empty(self.d, self.r, dtype=torch.float32)
-        nn.init.orthogonal_(start)
-        self.assign(start.T)
+        self.assign(random_rows(self.d, self.r))
 
     @torch.no_grad()
     def assign(self, R: Tensor) -> None:
@@ -85,123 +111,222 @@ class OrthonormalRows(nn.Module):
         Raises:
             ValueError: the shape is not [r, d], or the rows are further than 1e-2 from orthonormal.
         """
-        if R.shape != (self.r, self.d):
-            raise ValueError(f"R: expected {[self.r, self.d]}, got {list(R.shape)}")
+        check_rows(R, self.d, self.r)
         if self.X.is_meta:
             return
         target = R.detach().to("cpu", torch.float64).T  # [d, r]
-        error = (target.T @ target - torch.eye(self.r, dtype=torch.float64)).abs().max()
-        if not error <= 1e-2:
-            raise ValueError(f"R: expected orthonormal rows, got rows with |R R^T - I| = {float(error):.2g}")
+        check_orthonormal(R)
         packed, _ = torch.geqrf(target)
-        reflectors = (packed.tril(-1) + _identity(packed)).to(self.reflectors.dtype)
-        wide = reflectors.double()
+        eye = torch.eye(self.d, self.r, dtype=torch.float64)
+        reflectors = (packed.tril(-1) + eye).to(self.reflectors.dtype)
         # The signs for which the first columns of the base point along R, whatever geqrf chose.
-        signs = (_reflect(wide, _identity(wide)) * target).sum(0).sign()
+        plain = OrthonormalProblem((-eye,), (reflectors.double(),), (torch.ones(self.r, dtype=torch.float64),))
+        (start,), _ = choose("auto", plain).orthonormalize_forward(plain)
         self.reflectors.copy_(reflectors)
-        self.signs.copy_(signs)
-        self.X.copy_(-_identity(self.X))
+        self.signs.copy_((start.T * target).sum(0).sign())
+        self.X.copy_(-eye)
 
     @property
     def weight(self) -> Tensor:
         """R [r, d]."""
-        if not self._cacheable():
-            with without_autocast(self.X.device):
-                return self._compute(self.X)
-        key = self._key()
-        cache = self._cache
-        if cache is None or cache.key != key or cache.X is not self.X:
-            with torch.inference_mode(False), torch.enable_grad(), without_autocast(self.X.device):
-                R = _OrthonormalRowsFunction.apply(self.X, self) if self.X.requires_grad else self._compute(self.X)
-            self._cache = cache = _Cache(key, self.X, R)
-        return cache.R
+        return self._shared if self._shared is not None else orthonormal_rows((self,))[0]
+
+    def _cached(self) -> Tensor | None:
+        """R as it was computed, where nothing has changed since."""
+        if self._cache is None:
+            return None
+        key, X, R = self._cache
+        return R if X is self.X and key == self._key() else None
 
     def _cacheable(self) -> bool:
-        """Whether a change of X would be seen: not while compiling, not for tensors made in inference mode.
+        """Whether a change of X would be seen: not of tensors made in inference mode.
 
         Nor during and after the capture of a CUDA graph: the graph must hold R's own computation, and its replays
         may write X without a trace.
         """
-        if torch.compiler.is_compiling():
-            return False
         if self.X.is_cuda and torch.cuda.is_current_stream_capturing():
             self._captured, self._cache = True, None
         return not (self._captured or any(t.is_inference() for t in (self.X, self.reflectors, self.signs)))
 
     def _key(self) -> tuple[Any, ...]:
         """Changes whenever X or the base may have changed."""
-        tensors = (self.X, self.reflectors, self.signs)
-        versions = tuple((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
-        return (*versions, self.X.requires_grad, _optimizer_steps)
-
-    def _compute(self, X: Tensor) -> Tensor:
-        """R [r, d] from X [d, r]."""
-        X = X.to(torch.promote_types(X.dtype, torch.float32))
-        eye = _identity(X)
-        Q = _reflect(X.tril(-1) + eye, eye) * torch.where(X.diagonal() < 0, -1.0, 1.0)  # [d, r]
-        signs = torch.cat((self.signs.to(X.dtype), self.signs.new_ones(self.d - self.r, dtype=X.dtype)))
-        return _reflect(self.reflectors.to(X.dtype), Q * signs[:, None]).T.contiguous()
+        X, B, signs = self.X, self.reflectors, self.signs
+        if type(X) is nn.Parameter:  # whoever made it
+            X.__class__ = WatchedParameter
+        return (
+            X.data_ptr(), X._version, getattr(X, "_data_taken", 0), X.requires_grad, X.dtype,
+            B.data_ptr(), B._version, signs.data_ptr(), signs._version, _optimizer_steps,
+        )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrthonormalRows:
         """Moves to another device; a cast to less than float32 (``model.to(bfloat16)``) leaves the dtype alone."""
-
-        def keep_wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrow = torch.promote_types(moved.dtype, torch.float32) != moved.dtype
-            return tensor.to(moved.device) if narrow else moved
-
-        super()._apply(keep_wide, recurse)
+        super()._apply(kept_wide(fn), recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cached R, which belongs to an autograd graph and cannot be copied."""
-        return {**super().__getstate__(), "_cache": None}
+        return {**super().__getstate__(), "_cache": None, "_shared": None}
 
     def extra_repr(self) -> str:
         """Shown by ``print``."""
         return f"d={self.d}, r={self.r}"
 
 
-class _Cache(NamedTuple):
-    key: tuple[Any, ...]
-    X: nn.Parameter
-    R: Tensor
+def orthonormal_rows(modules: Sequence[OrthonormalRows]) -> list[Tensor]:
+    """R [r, d] of each module, in one launch forward and one backward for all whose R is not known.
+
+    Args:
+        modules: of any sizes. Those on one device and of one dtype are one computation; what is cached is not computed
+            again.
+
+    Returns:
+        ``module.weight`` of each; differentiable to each X once, any number of times until that X changes.
+
+    Raises:
+        RuntimeError: in the backward, where an X was written since its R was computed.
+        NotImplementedError: where a second derivative is asked for.
+    """
+    if torch.compiler.is_compiling():
+        return _traced(modules)
+    found: list[Tensor | None] = []
+    stale: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, module in enumerate(modules):
+        R = module._cached() if module._cacheable() else None
+        found.append(R)
+        if R is None:
+            stale.setdefault((module.X.device, module.X.dtype), []).append(i)
+    for members in stale.values():
+        for i, R in zip(members, _computed([modules[i] for i in members]), strict=True):
+            found[i] = R
+    return [R for R in found if R is not None]
+
+
+@contextmanager
+def shared_rows(modules: Iterable[OrthonormalRows]) -> Iterator[None]:
+    """Computes every R at once, and gives it to whoever reads a module's ``weight`` within the context."""
+    chosen = list(modules)
+    try:
+        for module, R in zip(chosen, orthonormal_rows(chosen), strict=True):
+            module._shared = R
+        yield
+    finally:
+        for module in chosen:
+            module._shared = None
+
+
+def _computed(modules: Sequence[OrthonormalRows]) -> Sequence[Tensor]:
+    """R of modules on one device and of one dtype, which keep it where they can."""
+    twins = {id(module): module for module in modules}
+    alone = list(twins.values())
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(alone[0].X.device):
+        wide = torch.promote_types(alone[0].X.dtype, torch.float32)
+        problem = OrthonormalProblem(
+            tuple(_dense(module.X, wide) for module in alone),
+            tuple(_dense(module.reflectors, wide) for module in alone),
+            tuple(_dense(module.signs, wide) for module in alone),
+        )
+        if any(module.X.requires_grad for module in alone):
+            R = _OrthonormalRowsFunction.apply(problem, *(module.X for module in alone))
+        else:
+            R = choose("auto", problem).orthonormalize_forward(problem)[0]
+    for module, rows in zip(alone, R, strict=True):
+        if module._cacheable():
+            module._cache = (module._key(), module.X, rows)
+    of = {id(module): rows for module, rows in zip(alone, R, strict=True)}
+    return [of[id(module)] for module in modules]
+
+
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Without autograd and contiguous: the tensor's own memory where it is."""
+    return tensor.detach().to(dtype).contiguous()
+
+
+def _traced(modules: Sequence[OrthonormalRows]) -> list[Tensor]:
+    """As an op in a compiled graph, where nothing is kept."""
+    if not modules:
+        return []
+    with without_autocast(modules[0].X.device):
+        dtype = torch.promote_types(modules[0].X.dtype, torch.float32)
+        operands = ([m.X.to(dtype) for m in modules], [m.reflectors.to(dtype) for m in modules])
+        R, _ = torch.ops.reft_kernels.orthonormalize_forward(*operands, [m.signs.to(dtype) for m in modules], "auto")
+    return list(R)
 
 
 class _OrthonormalRowsFunction(torch.autograd.Function):
-    """R as a node that may be used, and run backward, any number of times until X changes.
+    """Every R as an output of one node, which may be used, and run backward, any number of times until X changes.
 
     What the backward needs hangs on the node itself: tensors saved the usual way are gone after one backward, but
     R is shared by the micro-batches of a step and by recomputed forwards.
     """
 
     @staticmethod
-    def forward(ctx: Any, X: Tensor, module: OrthonormalRows) -> Tensor:
-        ctx.parameter = X
-        with torch.enable_grad():
-            ctx.X = X.detach().requires_grad_()
-            ctx.R = module._compute(ctx.X)
-        return ctx.R.detach()  # type: ignore[no-any-return]
+    def forward(ctx: Any, problem: OrthonormalProblem, *X: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        R, ctx.factors = choose("auto", problem).orthonormalize_forward(problem)
+        ctx.mark_non_differentiable(*(R[i] for i, x in enumerate(X) if not x.requires_grad))
+        ctx.problem, ctx.parameters = problem, X
+        ctx.versions = [None if x.is_inference() else x._version for x in X]
+        return R
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        with without_autocast(grad.device):
-            gradients = torch.autograd.grad(ctx.R, ctx.X, grad.detach(), retain_graph=True)
-        return first_derivative_only(gradients, (grad, ctx.parameter))[0], None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        p: OrthonormalProblem = ctx.problem
+        for x, version in zip(ctx.parameters, ctx.versions, strict=True):
+            if version is not None and x._version != version:
+                raise RuntimeError(
+                    f"X {list(x.shape)}, of which R was computed, has been modified by an inplace operation (an "
+                    "optimiser's step, for instance): read `weight` again and compute the loss from that"
+                )
+        if debug_is_on():
+            _check_finite(grads)
+        with torch.no_grad(), without_autocast(p.X[0].device):
+            dense = [None if g is None else g.to(x.dtype).contiguous() for g, x in zip(grads, p.X, strict=True)]
+            dX = choose("auto", p).orthonormalize_backward(dense, p, ctx.factors)
+            found = [None if g is None else g.to(x.dtype) for g, x in zip(dX, ctx.parameters, strict=True)]
+        if torch.is_grad_enabled():
+            found = list(first_derivative_only(tuple(found), (*grads, *ctx.parameters), NO_SECOND_DERIVATIVE))
+        return None, *found
 
 
-def _identity(like: Tensor) -> Tensor:
-    """The first r columns of the identity, [d, r]."""
-    return torch.eye(*like.shape, dtype=like.dtype, device=like.device)
+def _check_finite(grads: Sequence[Tensor | None]) -> None:
+    for index, grad in enumerate(grads):
+        if grad is not None and not grad.isfinite().all():
+            raise FloatingPointError(f"the gradient of R {list(grad.shape)}, number {index}, is not finite")
 
 
-def _reflect(V: Tensor, A: Tensor) -> Tensor:
-    """(I - V T V^T) A for V [d, r], unit lower trapezoidal, and A [d, r].
+def random_rows(d: int, r: int) -> Tensor:
+    """R [r, d] float32, drawn uniformly among the matrices with orthonormal rows."""
+    start = torch.empty(d, r, dtype=torch.float32)
+    nn.init.orthogonal_(start)
+    return start.T
 
-    The sums over d are kept in float64: in float32 they cost R its orthonormality, 6e-6 at d = 4096.
-    """
-    wide = V.double()
-    gram = wide.T @ wide
-    inverse_T = gram.triu(1) + (gram.diagonal() / 2).diag()
-    coefficients: Tensor = torch.linalg.solve_triangular(inverse_T, wide.T @ A.double(), upper=True)
-    return A - V @ coefficients.to(V.dtype)
+
+def check_sizes(d: int, r: int) -> None:
+    """Raises ValueError where no r rows of length d are orthonormal."""
+    if not 1 <= r <= d:
+        raise ValueError(f"r: expected 1 <= r <= d={d}, got {r}")
+
+
+def check_rows(R: Tensor, d: int, r: int) -> None:
+    """Raises ValueError where R is not [r, d]."""
+    if R.shape != (r, d):
+        raise ValueError(f"R: expected {[r, d]}, got {list(R.shape)}")
+
+
+def check_orthonormal(R: Tensor) -> None:
+    """Raises ValueError where the rows of R [r, d] are further than 1e-2 from orthonormal."""
+    wide = R.detach().to("cpu", torch.float64)
+    error = (wide @ wide.T - torch.eye(len(wide), dtype=torch.float64)).abs().max()
+    if not error <= 1e-2:
+        raise ValueError(f"R: expected orthonormal rows, got rows with |R R^T - I| = {float(error):.2g}")
+
+
+def kept_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A module's conversion, but without casts to less than float32."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        narrow = torch.promote_types(moved.dtype, torch.float32) != moved.dtype
+        return tensor.to(moved.device) if narrow else moved
+
+    return keep
