@@ -649,8 +649,13 @@ def test_a_compiled_training_step_copies_no_hidden_state(monkeypatch: pytest.Mon
     for got, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     calls = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
-    edits = [str(node.target) for node in calls if "reft_kernels" in str(node.target)]
-    assert edits == ["reft_kernels.edit_forward_.default"] * 2 + ["reft_kernels.edit_backward_.default"] * 2
+    ours = [str(node.target) for node in calls if "reft_kernels" in str(node.target)]
+    assert ours == [
+        "reft_kernels.orthonormalize_forward.default",
+        *["reft_kernels.edit_forward_.default"] * 2,
+        *["reft_kernels.edit_backward_.default"] * 2,
+        "reft_kernels.orthonormalize_backward.default",
+    ]
     copied = [
         list(node.meta["val"].shape)
         for node in calls

@@ -31,7 +31,12 @@ library.define(f"orthonormalize_backward(Tensor[] grads, {_OPERANDS}, Tensor fac
 def _forward(X: list[Tensor], reflectors: list[Tensor], signs: list[Tensor], backend: str) -> tuple[Any, ...]:
     problem = OrthonormalProblem(tuple(X), tuple(reflectors), tuple(signs))
     R, factors = choose(backend, problem).orthonormalize_forward(problem)
-    return list(R), factors
+    return _apart(R), factors
+
+
+def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each in memory of its own, as the outputs of an op must be; backends cut theirs from one piece."""
+    return [t.clone() if t._is_view() else t for t in tensors]
 
 
 def _backward(
@@ -39,7 +44,8 @@ def _backward(
 ) -> list[Tensor]:
     problem = OrthonormalProblem(tuple(X), tuple(reflectors), tuple(signs))
     contiguous = [g.contiguous() for g in grads]
-    return [t for t in choose(backend, problem).orthonormalize_backward(contiguous, problem, factors) if t is not None]
+    found = choose(backend, problem).orthonormalize_backward(contiguous, problem, factors)
+    return _apart([t for t in found if t is not None])
 
 
 def _forward_fake(X: list[Tensor], reflectors: list[Tensor], signs: list[Tensor], backend: str) -> tuple[Any, ...]:
