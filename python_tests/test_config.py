@@ -46,7 +46,7 @@ def test_settings_reach_the_interventions() -> None:
     assert isinstance(built, nn.Module)
     assert built.settings() | {"embed_dim": 0} == {  # type: ignore[operator]
         "embed_dim": 0, "low_rank_dimension": 2, "dtype": "bfloat16", "dropout": 0.25, "act_fn": "gelu",
-        "add_bias": False,
+        "add_bias": False, "orthogonality": "householder",
     }  # fmt: skip
 
 

@@ -197,7 +197,8 @@ def test_base_is_not_written(method: str) -> None:
 def test_settings_rebuild_the_module(act_fn, dtype: str, method: str) -> None:
     module = make(method, d=10, r=2, dtype=dtype, dropout=0.125, act_fn=act_fn, add_bias=True)
     settings = json.loads(json.dumps(module.settings()))
-    assert set(settings) == {"embed_dim", "low_rank_dimension", "dtype", "dropout", "act_fn", "add_bias"}
+    names = {"embed_dim", "low_rank_dimension", "dtype", "dropout", "act_fn", "add_bias"}
+    assert set(settings) == names | ({"orthogonality"} if module.orthonormal else set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what it says of itself has an effect
         twin = type(module)(**settings)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from reft_kernels.config import ReftConfig
 from reft_kernels.model import ReftModel, get_reft_model
+from reft_kernels.stiefel_adamw import StiefelAdamW
 from reft_kernels.training import (
     ReftTrainerForCausalLM,
     SupervisedCollator,
@@ -142,8 +143,10 @@ def test_logits_are_computed_where_there_are_targets_and_nowhere_else(tmp_path: 
         torch.testing.assert_close(value, finished[1][1][name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["loreft", "nodireft"])
-def test_resuming_continues_as_if_never_interrupted(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "orthogonality"), [("loreft", None), ("loreft", "polar"), ("loreft", "none"), ("nodireft", None)]
+)
+def test_resuming_continues_as_if_never_interrupted(tmp_path: Path, method: str, orthogonality: str | None) -> None:
     options = {
         "max_steps": 7,
         "gradient_accumulation_steps": 2,
@@ -153,7 +156,7 @@ def test_resuming_continues_as_if_never_interrupted(tmp_path: Path, method: str)
     }
 
     def trainer(folder: Path) -> ReftTrainerForCausalLM:
-        model = make_model(method=method, dropout=0.1)
+        model = make_model(method=method, dropout=0.1, orthogonality=orthogonality)
         return ReftTrainerForCausalLM(model, arguments(folder, **options), **make_data(model))
 
     whole = trainer(tmp_path / "whole")
@@ -167,17 +170,20 @@ def test_resuming_continues_as_if_never_interrupted(tmp_path: Path, method: str)
     assert any(not torch.equal(started[name], value) for name, value in state(whole.model).items())
 
 
-def test_the_learned_rows_stay_orthonormal_after_resuming(tmp_path: Path) -> None:
-    model = make_model()
+@pytest.mark.parametrize("orthogonality", ["householder", "polar"])
+def test_the_learned_rows_stay_orthonormal_after_resuming(tmp_path: Path, orthogonality: str) -> None:
+    model = make_model(orthogonality=orthogonality)
     options = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=2, weight_decay=0.5)
     ReftTrainerForCausalLM(model, options, **make_data(model)).train()
-    again = make_model(seed=9)
+    again = make_model(seed=9, orthogonality=orthogonality)
     trainer = ReftTrainerForCausalLM(again, arguments(tmp_path, max_steps=30, weight_decay=0.5), **make_data(again))
     trainer.train(resume_from_checkpoint=True)
     assert losses(trainer)[-1][0] == 30
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    assert isinstance(optimizer, StiefelAdamW) == (orthogonality == "polar")
     for intervention in again.interventions.values():
         basis = intervention.rotate_layer.weight.detach()
-        torch.testing.assert_close(basis.T @ basis, torch.eye(2), atol=1e-5, rtol=0)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(2), atol=1e-6, rtol=0)
 
 
 def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base_model(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from reft_kernels.interventions import (
     NoreftIntervention,
 )
 from reft_kernels.orthogonal import OrthonormalRows, orthonormal_rows
+from reft_kernels.stiefel_adamw import StiefelAdamW
 
 if TYPE_CHECKING:
     from reft_kernels.config import ReftConfig
@@ -43,6 +44,7 @@ __all__ = [
     "ReftConfig",
     "ReftModel",
     "ReftTrainerForCausalLM",
+    "StiefelAdamW",
     "available_backends",
     "consreft",
     "direft",

@@ -12,6 +12,7 @@ from torch import nn
 
 from reft_kernels.interventions import METHODS, read_dtype
 from reft_kernels.positions import parse_positions
+from reft_kernels.stiefel import ORTHOGONALITIES
 
 # pyvene's other fields of a representation, and the only value of each that has a meaning here.
 _PYVENE_FIELDS: dict[str, Any] = {
@@ -39,7 +40,8 @@ class Representation:
         intervention: the module that edits; or
         intervention_type: its class, built with the module's width as ``embed_dim``.
         positions: "f7", "l7", "f7+l7" or "all"; None where the caller names them (or means every token).
-        dtype, dropout, act_fn, add_bias: passed to ``intervention_type``; None keeps the class's own default.
+        dtype, dropout, act_fn, add_bias, orthogonality: passed to ``intervention_type``; None keeps the class's own
+            default.
     """
 
     layer: int | None = None
@@ -52,6 +54,7 @@ class Representation:
     dropout: float | None = None
     act_fn: str | None = None
     add_bias: bool | None = None
+    orthogonality: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.component, str) or not self.component:
@@ -77,6 +80,10 @@ class Representation:
         self.dtype = read_dtype(self.dtype)
         if self.positions is not None:
             parse_positions(self.positions)
+        if self.orthogonality not in (None, *ORTHOGONALITIES):
+            raise ValueError(
+                f"{self.place}: orthogonality must be one of {', '.join(ORTHOGONALITIES)}, got {self.orthogonality!r}"
+            )
         self._check_rank()
 
     def _check_rank(self) -> None:
@@ -114,7 +121,7 @@ class Representation:
         if self.intervention is not None:
             return self.intervention
         assert self.intervention_type is not None
-        options = {name: getattr(self, name) for name in ("dtype", "dropout", "act_fn", "add_bias")}
+        options = {name: getattr(self, name) for name in ("dtype", "dropout", "act_fn", "add_bias", "orthogonality")}
         return self.intervention_type(
             embed_dim=embed_dim,
             low_rank_dimension=self.low_rank_dimension,
@@ -168,6 +175,9 @@ class ReftConfig:
             instead of copying them in the forward. The block's output must then stay as edited until the backward
             (an error tells where the model writes it again), and for bfloat16 the gradient of W is off by 6e-4 to
             2e-3 relative. No effect on edits with dropout.
+        orthogonality: how the rows of R are kept orthonormal: "householder" (None), "polar" or "none", see
+            :func:`reft_kernels.stiefel.make_rows`. For listed representations that of those that are still to be built
+            and have none of their own.
         intervention_types: class of all the listed representations that have none (pyvene's keyword).
 
     Raises ValueError or TypeError naming the argument.
@@ -188,6 +198,7 @@ class ReftConfig:
         add_bias: bool = False,
         dtype: torch.dtype | str | None = None,
         rebuild: bool = True,
+        orthogonality: str | None = None,
         intervention_types: type[nn.Module] | None = None,
     ) -> None:
         self.method = method
@@ -201,8 +212,11 @@ class ReftConfig:
         self.add_bias = add_bias
         self.dtype = read_dtype(dtype)
         self.rebuild = rebuild
+        self.orthogonality = orthogonality
         if not isinstance(rebuild, bool):
             raise TypeError(f"rebuild must be True or False, got {rebuild!r}")
+        if orthogonality not in (None, *ORTHOGONALITIES):
+            raise ValueError(f"orthogonality must be one of {', '.join(ORTHOGONALITIES)}, got {orthogonality!r}")
         if positions is not None:
             parse_positions(positions)
         if not 0.0 <= dropout < 1.0:
@@ -221,12 +235,17 @@ class ReftConfig:
             raise ValueError("representations is empty: there is nothing to edit")
         if intervention_types is not None:
             representations = [_with_type(item, intervention_types) for item in representations]
-        self._listed = [Representation.read(item) for item in representations]
+        self._listed = [self._with_orthogonality(Representation.read(item)) for item in representations]
         if positions is not None:
             self._listed = [
                 item if item.positions is not None else dataclasses.replace(item, positions=positions)
                 for item in self._listed
             ]
+
+    def _with_orthogonality(self, item: Representation) -> Representation:
+        if self.orthogonality is None or item.intervention_type is None or item.orthogonality is not None:
+            return item
+        return dataclasses.replace(item, orthogonality=self.orthogonality)
 
     def _check_short_form(self) -> None:
         if self.method is None:
@@ -274,6 +293,7 @@ class ReftConfig:
                 dropout=self.dropout,
                 act_fn=self.act_fn,
                 add_bias=self.add_bias,
+                orthogonality=self.orthogonality,
             )
             for end in self._ends()
             for layer in layers
@@ -300,6 +320,7 @@ class ReftConfig:
             "add_bias": self.add_bias,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "rebuild": self.rebuild,
+            "orthogonality": self.orthogonality,
         }
 
     @classmethod
@@ -308,6 +329,7 @@ class ReftConfig:
         names = ("positions", "tied", "component", "dropout", "act_fn", "add_bias", "dtype")
         config = cls(representations, **{name: settings[name] for name in names})
         config.rebuild = settings.get("rebuild", True)
+        config.orthogonality = settings.get("orthogonality")
         config.method, config.rank = settings["method"], settings["rank"]
         config.layers = read_layers(settings["layers"])
         return config

@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reft_kernels.backends.eager_orthonormal import retracted
+from reft_kernels.complement import ComplementRows
 from reft_kernels.functional import edit
-from reft_kernels.orthogonal import OrthonormalRows
 from reft_kernels.problem import wide_default_dtype
 from reft_kernels.reference import ACTIVATIONS
+from reft_kernels.stiefel import ORTHOGONALITIES, Rows, make_rows
 
 # What pyvene hands to every intervention it builds, and what pyreft's own constructors take without effect.
 _IGNORED = frozenset(
@@ -69,13 +71,37 @@ class EditWeights(NamedTuple):
 class RotateLayer(nn.Module):
     """R with orthonormal rows under pyreft's name: ``weight`` is R^T [d, r], readable and assignable.
 
+    Args:
+        d, r: the sizes.
+        orthogonality: see :func:`reft_kernels.stiefel.make_rows`.
+        orthogonal_to: rows [k, d] that R stays orthogonal to, or k, see :class:`ComplementRows`.
+
     Raises:
         ValueError: an assigned weight is not [d, r] or its columns are not orthonormal.
     """
 
-    def __init__(self, d: int, r: int) -> None:
+    def __init__(
+        self, d: int, r: int, orthogonality: str = "householder", orthogonal_to: Tensor | int | None = None
+    ) -> None:
         super().__init__()
-        self.rows = OrthonormalRows(d, r)
+        self.rows: Rows | ComplementRows = (
+            make_rows(d, r, orthogonality)
+            if orthogonal_to is None
+            else ComplementRows(d, r, orthogonality, orthogonal_to)
+        )
+
+    @torch.no_grad()
+    def set_orthogonality(self, orthogonality: str, project: bool = False) -> None:
+        """Another parametrisation of the same R; ``project`` takes the nearest orthonormal rows where they are not."""
+        R = self.rows.weight.detach()
+        if project:
+            R = retracted(R)
+        fixed = self.rows.fixed if isinstance(self.rows, ComplementRows) else None
+        d, r = self.rows.d, self.rows.r
+        rows = make_rows(d, r, orthogonality) if fixed is None else ComplementRows(d, r, orthogonality, fixed)
+        rows = rows.to(R.device, R.dtype)
+        rows.assign(R)
+        self.rows = rows.train(self.rows.training)
 
     @property
     def weight(self) -> Tensor:
@@ -105,11 +131,16 @@ class Intervention(nn.Module):
         dropout: probability of dropping an element of an edited row, in training mode.
         act_fn: f: linear (None), relu, gelu, silu or tanh.
         add_bias: whether ``proj_layer`` has a bias c.
+        orthogonality: of the classes with orthonormal rows: "householder" (None), "polar" or "none", see
+            :func:`reft_kernels.stiefel.make_rows`. The others take "none" and nothing else.
+        orthogonal_to: an intervention with orthonormal rows, or such rows [k, d], that this one's R stays orthogonal
+            to; they are copied and stay as they are. (A number k leaves room for k rows that a state dict brings.)
         **kwargs: pyvene's own fields, which it passes to every intervention that it builds, are ignored in silence;
             others are ignored with a warning.
 
     Raises:
-        ValueError: r not in [1, d], an unknown activation, a dropout outside [0, 1).
+        ValueError: r not in [1, d], an unknown activation, a dropout outside [0, 1), an unknown orthogonality or one
+            that the class cannot have, rows to be orthogonal to that are not orthonormal.
         TypeError: embed_dim or low_rank_dimension missing or not an integer.
     """
 
@@ -127,6 +158,8 @@ class Intervention(nn.Module):
         dropout: float = 0.0,
         act_fn: str | None = None,
         add_bias: bool = False,
+        orthogonality: str | None = None,
+        orthogonal_to: Intervention | Tensor | int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -154,8 +187,9 @@ class Intervention(nn.Module):
         self.add_bias = bool(add_bias)
         self.dropout = nn.Dropout(dropout)
         dtype = read_dtype(dtype) or torch.float32
+        _check_orthogonality(type(self), orthogonality, orthogonal_to)
         if self.orthonormal:
-            self.rotate_layer = RotateLayer(d, r)
+            self.rotate_layer = RotateLayer(d, r, orthogonality or "householder", _rows_of(orthogonal_to))
         else:
             self.proj_layer = nn.Linear(d, r, bias=self.add_bias and self.has_c, dtype=dtype)
         if self.has_W:
@@ -195,7 +229,15 @@ class Intervention(nn.Module):
             "dropout": self.dropout.p,
             "act_fn": self.act_fn,
             "add_bias": self.add_bias,
+            **self._rows_settings(),
         }
+
+    def _rows_settings(self) -> dict[str, Any]:
+        if not self.orthonormal:
+            return {}
+        rows = self.rotate_layer.rows
+        k = {"orthogonal_to": rows.k} if isinstance(rows, ComplementRows) else {}
+        return {"orthogonality": rows.orthogonality, **k}
 
     def extra_repr(self) -> str:
         """Shown by ``print``."""
@@ -333,6 +375,28 @@ def _stack(weights: list[Any]) -> Tensor | None:
         dtype = torch.promote_types(dtype, w.dtype)
     padding = ((0, 0, 0) if w.dim() == 2 else (0,) for w in weights)
     return torch.stack([F.pad(w.to(dtype), (*p, r - w.shape[0])) for w, p in zip(weights, padding, strict=True)])
+
+
+def _check_orthogonality(kind: type[Intervention], orthogonality: Any, orthogonal_to: Any) -> None:
+    if orthogonality is not None and orthogonality not in ORTHOGONALITIES:
+        raise ValueError(f"orthogonality: expected one of {', '.join(ORTHOGONALITIES)}, got {orthogonality!r}")
+    if kind.orthonormal:
+        return
+    if orthogonality not in (None, "none"):
+        raise ValueError(f"orthogonality: expected 'none', as R of {kind.__name__} is free; got {orthogonality!r}")
+    if orthogonal_to is not None:
+        raise ValueError(f"orthogonal_to: expected None, as R of {kind.__name__} is free")
+
+
+def _rows_of(orthogonal_to: Intervention | Tensor | int | None) -> Tensor | int | None:
+    """The rows [k, d] of what an intervention shall be orthogonal to."""
+    if not isinstance(orthogonal_to, Intervention):
+        return orthogonal_to
+    if not orthogonal_to.orthonormal:
+        raise ValueError(
+            f"orthogonal_to: expected an intervention with orthonormal rows, got {type(orthogonal_to).__name__}"
+        )
+    return orthogonal_to.rotate_layer.rows.weight.detach()
 
 
 def _integer(name: str, value: Any) -> int:

@@ -127,8 +127,24 @@ class ReftModel(nn.Module):
     def _rows(self) -> list[OrthonormalRows]:
         """The parametrisations of the built-in interventions, as they are now."""
         layers = (getattr(module, "rotate_layer", None) for module in self.interventions.values())
-        rows = (layer.rows for layer in layers if isinstance(layer, RotateLayer))
-        return [module for module in rows if isinstance(module, OrthonormalRows)]
+        parts = (part for layer in layers if isinstance(layer, RotateLayer) for part in layer.modules())
+        return [part for part in parts if isinstance(part, OrthonormalRows)]
+
+    def set_orthogonality(self, orthogonality: str, project: bool = False) -> None:
+        """Another parametrisation of every R with orthonormal rows, which stays what it is to rounding.
+
+        The parameters are new ones: make the optimiser afterwards.
+
+        Args:
+            orthogonality: "householder", "polar" or "none", see :func:`reft_kernels.stiefel.make_rows`.
+            project: take the nearest orthonormal rows where R, trained freely, has no such rows any more.
+
+        Raises ValueError for another name, or rows further than 1e-2 from orthonormal without ``project``.
+        """
+        for module in self.interventions.values():
+            if isinstance(module, Intervention) and module.orthonormal:
+                module.rotate_layer.set_orthogonality(orthogonality, project)
+        self.config.orthogonality = orthogonality
 
     def remove_hooks(self) -> None:
         """Take this model's hooks off the base model, which then knows nothing of it. There is no way back."""
@@ -458,6 +474,7 @@ class ReftModel(nn.Module):
                 )
             _check_same_edit(f"the adapter in {load_directory}: {key}", mine, loaded)
         for key, loaded in zip(keys, modules, strict=True):
+            _match_orthogonality(loaded, self.interventions[key])
             self.interventions[key].load_state_dict(loaded.state_dict())
 
 
@@ -469,6 +486,14 @@ def _check_same_edit(place: str, mine: nn.Module, loaded: nn.Module) -> None:
     for name in ("embed_dim", "low_rank_dimension", "act_fn", "add_bias"):
         if ours[name] != theirs[name]:
             raise ValueError(f"{place} has {name}={theirs[name]!r}, this model has {ours[name]!r}")
+
+
+def _match_orthogonality(loaded: nn.Module, mine: nn.Module) -> None:
+    """Brings a loaded R into the parametrisation of the model's own."""
+    if isinstance(loaded, Intervention) and isinstance(mine, Intervention) and loaded.orthonormal:
+        wanted = mine.rotate_layer.rows.orthogonality
+        if loaded.rotate_layer.rows.orthogonality != wanted:
+            loaded.rotate_layer.set_orthogonality(wanted)
 
 
 def _remove(handles: Sequence[Any]) -> None:

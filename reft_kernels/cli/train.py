@@ -198,6 +198,7 @@ def _edit(base: PreTrainedModel, arguments: argparse.Namespace) -> ReftModel:
             tied=arguments.tied,
             component=arguments.component,
             dropout=arguments.dropout,
+            orthogonality=arguments.orthogonality,
             act_fn=arguments.act_fn,
             add_bias=arguments.add_bias,
         )

@@ -14,6 +14,7 @@ from reft_kernels.cli.common import (
 )
 from reft_kernels.interventions import METHODS
 from reft_kernels.reference import ACTIVATIONS
+from reft_kernels.stiefel import ORTHOGONALITIES
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--component", default="block_output", metavar="NAME", help="what is edited in a layer")
     add("--dropout", type=at_least(0.0, float), default=0.0, metavar="P", help="on the edited row")
     add("--act-fn", choices=ACTIVATIONS, help="activation of the learned source (default: linear)")
+    add(
+        "--orthogonality",
+        choices=tuple(ORTHOGONALITIES),
+        help="how R's rows are kept orthonormal: householder (the default: as pyreft), polar (R is the parameter, the "
+        "optimiser keeps it), or none",
+    )
     add("--add-bias", action="store_true", help="a bias in the projection of noreft and nodireft")
 
     training = parser.add_argument_group("training")

@@ -17,6 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reft_kernels.checkpoint import ADAPTER_FILE, BASE_FILE, CONFIG_FILE, load_base_tensors
 from reft_kernels.model import ReftModel
+from reft_kernels.stiefel import StiefelParameter
+from reft_kernels.stiefel_adamw import StiefelAdamW
 from reft_kernels.training.data import IGNORE_INDEX, SupervisedCollator, pad_token_id
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 COLUMNS = "target_columns"
 STATE_FILE = "trainer_state.json"
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
 # The order in which they are put into a folder; without the last it is no adapter.
 FILES = (ADAPTER_FILE, BASE_FILE, CONFIG_FILE)
 
@@ -61,6 +64,8 @@ class ReftTrainerForCausalLM(Trainer):  # type: ignore[misc,unused-ignore]
       `remove_unused_columns=True`.
     - Weight decay applies to the learned matrices W (and P of the classes without orthonormal rows), not to
       biases and not to R, whose rows stay orthonormal. (In pyreft weight decay reaches no parameter at all.)
+    - Where R itself is a parameter (`orthogonality="polar"`), AdamW is `StiefelAdamW`, which keeps its rows
+      orthonormal.
     - In training, logits are computed for the columns of a batch that predict a target and for no others, where the
       base model can do that (`logits_to_keep`); the loss is the same.
     - Several visible GPUs without a distributed launcher are not split with DataParallel; the first is used.
@@ -145,6 +150,26 @@ class ReftTrainerForCausalLM(Trainer):  # type: ignore[misc,unused-ignore]
         """Names of the parameters that weight decay applies to: matrices, except orthonormal R's."""
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if ".rotate_layer." not in name and _is_matrix(model, name)]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.create_optimizer; AdamW is StiefelAdamW where R with orthonormal rows is itself a parameter."""
+        polar = any(isinstance(p, StiefelParameter) and p.requires_grad for p in self.model.parameters())
+        given: Any = getattr(self, "optimizer", None)
+        if given is not None or not polar or self.args.optim not in _ADAMW:
+            return super().create_optimizer(*args, **kwargs)
+        decayed = set(self.get_decay_parameter_names(self.model))
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in named if name in decayed], "weight_decay": self.args.weight_decay},
+            {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
+        ]
+        self.optimizer: Any = StiefelAdamW(
+            [group for group in groups if group["params"]],
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+        )
+        return self.optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `resume_from_checkpoint=True` takes the last complete checkpoint."""
