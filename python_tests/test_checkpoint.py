@@ -68,7 +68,7 @@ def test_every_setting_is_kept(tmp_path: Path) -> None:
     settings = {
         "method": "noreft", "layers": "0;2", "rank": 3, "positions": "f1+l4", "tied": False, "component": "mlp_output",
         "dropout": 0.25, "act_fn": "gelu", "add_bias": True, "dtype": "bfloat16",
-        "rebuild": False,
+        "rebuild": False, "orthogonality": "none",
     }  # fmt: skip
     reft_model = make(**settings)
     reft_model.save(tmp_path / "a")
