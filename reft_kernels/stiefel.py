@@ -123,8 +123,12 @@ def make_rows(d: int, r: int, orthogonality: str) -> Rows:
 @torch.no_grad()
 def retract_(parameters: Sequence[Tensor]) -> None:
     """Replaces each matrix [r, d] by its polar factor, the nearest one with orthonormal rows."""
+    sizes: dict[tuple[torch.Size, torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in parameters:
-        parameter.copy_(retracted(parameter))
+        sizes.setdefault((parameter.shape, parameter.device, parameter.dtype), []).append(parameter)
+    for same in sizes.values():
+        for parameter, R in zip(same, retracted(torch.stack(same)), strict=True):
+            parameter.copy_(R)
 
 
 def _retract_after_step(optimizer: Optimizer, *_: Any) -> None:

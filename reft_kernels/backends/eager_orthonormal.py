@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem
 
@@ -97,62 +98,74 @@ def stiefel_adamw_step(problem: StiefelProblem) -> Tensor | None:
     if p.grad_scale is not None:
         inverse = 1 / p.grad_scale.double()
         gradients = tuple((g * inverse).to(g.dtype) for g in gradients)
-    squares = [g.double().square().sum() if p.max_norm is not None or own else None for g, own in _zip(p, gradients)]
     norm = None
     goes = p.parameters[0].new_ones((), dtype=torch.bool)
     if p.found_inf is not None:
-        goes = goes & (p.found_inf == 0)
+        goes = p.found_inf == 0
     if p.max_norm is not None:
-        norm = torch.stack([s for s in squares if s is not None]).sum().sqrt()
+        norm = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64)).norm()
         goes = goes & norm.isfinite()
         clip = (p.max_norm / (norm + 1e-6)).clamp(max=1.0)
         gradients = tuple((g * clip).to(g.dtype) for g in gradients)
-    for i, (grad, square) in enumerate(zip(gradients, squares, strict=True)):
-        _step_of_one(p, i, -grad if p.maximize else grad, goes if square is None else goes & square.isfinite())
+    free: dict[float, list[int]] = {}
+    constrained: dict[torch.Size, list[int]] = {}
+    for i, (parameter, own) in enumerate(zip(p.parameters, p.orthonormal, strict=True)):
+        if own:
+            constrained.setdefault(parameter.shape, []).append(i)
+        else:
+            free.setdefault(p.weight_decays[i], []).append(i)
+    for weight_decay, members in free.items():
+        parameters, grads, exp_avgs, exp_avg_sqs, steps = (
+            [ts[i] for i in members] for ts in (p.parameters, gradients, p.exp_avgs, p.exp_avg_sqs, p.steps)
+        )
+        adamw(
+            parameters, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, found_inf=(~goes).float(), amsgrad=False,
+            beta1=p.beta1, beta2=p.beta2, lr=p.lr, weight_decay=weight_decay, eps=p.eps, maximize=p.maximize,
+        )  # fmt: skip
+    for members in constrained.values():
+        _constrained_step(p, members, gradients, goes)
     return norm
 
 
-def _zip(p: StiefelProblem, gradients: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    return zip(gradients, p.orthonormal, strict=True)
-
-
-def _step_of_one(p: StiefelProblem, i: int, grad: Tensor, goes: Tensor) -> None:
-    """The step of tensor i; where ``goes`` is False nothing of it changes."""
-    parameter, exp_avg, exp_avg_sq, step = p.parameters[i], p.exp_avgs[i], p.exp_avg_sqs[i], p.steps[i]
-    own = p.orthonormal[i]
-    if own and p.riemannian:
-        A = grad.double() @ parameter.double().T
-        grad = grad - ((A + A.T) / 2).to(grad.dtype) @ parameter
-    t = (step + 1).double()
+def _constrained_step(p: StiefelProblem, members: Sequence[int], gradients: Sequence[Tensor], goes: Tensor) -> None:
+    """The step of matrices of one size; of one whose gradient is not finite, or without ``goes``, nothing changes."""
+    R, G, exp_avg, exp_avg_sq, step = (
+        torch.stack([ts[i] for i in members]) for ts in (p.parameters, gradients, p.exp_avgs, p.exp_avg_sqs, p.steps)
+    )
+    goes = goes & G.isfinite().flatten(1).all(1)
+    if p.maximize:
+        G = -G
+    if p.riemannian:
+        A = G.double() @ R.mT.double()
+        G = G - ((A + A.mT) / 2).to(G.dtype) @ R
+    t = (step + 1).double()[:, None, None]
     correction1, correction2 = 1 - p.beta1**t, 1 - p.beta2**t
-    first = torch.lerp(exp_avg, grad, 1 - p.beta1)
-    second = exp_avg_sq * p.beta2 + (1 - p.beta2) * grad * grad
+    first = torch.lerp(exp_avg, G, 1 - p.beta1)
+    second = exp_avg_sq * p.beta2 + (1 - p.beta2) * G * G
     denominator = second.sqrt() / correction2.sqrt().to(second.dtype) + p.eps
-    moved = parameter if own else parameter * (1 - p.lr * p.weight_decays[i])
-    moved = moved - (p.lr / correction1).to(moved.dtype) * (first / denominator)
-    if own:
-        moved = retracted(moved)
-    for old, new in ((parameter, moved), (exp_avg, first), (exp_avg_sq, second), (step, step + 1)):
-        old.copy_(torch.where(goes, new, old))
+    moved = retracted(R - (p.lr / correction1).to(R.dtype) * (first / denominator))
+    for kept, new in ((p.parameters, moved), (p.exp_avgs, first), (p.exp_avg_sqs, second), (p.steps, step + 1)):
+        for i, one, go in zip(members, new, goes, strict=True):
+            kept[i].copy_(torch.where(go, one, kept[i]))
 
 
 def retracted(P: Tensor) -> Tensor:
-    """The polar factor (P P^T)^(-1/2) P of P [r, d], in the dtype of P."""
-    for _ in range(1 if P.shape[0] <= _TWO_PASSES_ABOVE else 2):
+    """The polar factor (P P^T)^(-1/2) P of each P [..., r, d], in the dtype of P."""
+    for _ in range(1 if P.shape[-2] <= _TWO_PASSES_ABOVE else 2):
         wide = P.double()
-        P = (_inverse_root(wide @ wide.T) @ wide).to(P.dtype)
+        P = (_inverse_root(wide @ wide.mT) @ wide).to(P.dtype)
     return P
 
 
 def _inverse_root(A: Tensor, iterations: int = 30) -> Tensor:
-    """A^(-1/2) of a positive definite A [r, r] by the coupled Newton-Schulz iteration (Higham, 2008, 6.35).
+    """A^(-1/2) of each positive definite A [..., r, r] by the coupled Newton-Schulz iteration (Higham, 2008, 6.35).
 
     A fixed number of steps, so that nothing is read back: each adds a factor of 2.25 to what is small, then doubles
     the digits, so that 30 serve for condition numbers up to 1e8.
     """
-    scale = A.abs().sum(1).max()  # an upper bound of the eigenvalues
-    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-    Y, Z = A / scale, eye
+    scale = A.abs().sum(-1).amax(-1)[..., None, None]  # an upper bound of the eigenvalues
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    Y, Z = A / scale, eye.expand_as(A)
     for _ in range(iterations):
         step = (3 * eye - Z @ Y) / 2
         Y, Z = Y @ step, step @ Z
