@@ -91,6 +91,7 @@ class OrthonormalRows(nn.Module):
         super().__init__()
         check_sizes(d, r)
         self.d, self.r = d, r
+        self._X_set = 0
         dtype = wide_default_dtype()
         self.X = nn.Parameter(torch.empty(d, r, dtype=dtype))
         self.register_buffer("reflectors", torch.empty(d, r, dtype=dtype))
@@ -154,9 +155,15 @@ class OrthonormalRows(nn.Module):
         if type(X) is nn.Parameter:  # whoever made it
             X.__class__ = WatchedParameter
         return (
-            X.data_ptr(), X._version, getattr(X, "_data_taken", 0), X.requires_grad, X.dtype,
+            self._X_set, X.data_ptr(), X._version, getattr(X, "_data_taken", 0), X.requires_grad, X.dtype,
             B.data_ptr(), B._version, signs.data_ptr(), signs._version, _optimizer_steps,
         )  # fmt: skip
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FullyShardedDataParallel puts gathered parameters in place by this, and writes them without a trace.
+        if name == "X":
+            self.__dict__["_X_set"] += 1
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrthonormalRows:
         """Moves to another device; a cast to less than float32 (``model.to(bfloat16)``) leaves the dtype alone."""
