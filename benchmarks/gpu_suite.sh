@@ -5,7 +5,7 @@
 #
 # OUT is the folder for results, benchmarks/results/gpu by default; every piece writes its output to OUT/PIECE.txt, and
 # timings and ceilings write their files as they go, so that a piece that is cut off loses nothing that came before.
-# Pieces, in the order in which they run: build native tests ceilings timings sanitizer plots. GPU_SUITE_ONLY and PYTHON
+# Pieces, in the order in which they run: build native tests ceilings timings orthonormal sanitizer plots. GPU_SUITE_ONLY and PYTHON
 # (python3) may be set instead. Needs only torch, Triton and pytest, and what Triton compiles its launchers with: a C
 # compiler (CC, gcc or clang) and Python.h. `native` builds the CUDA C++ kernels for this GPU, which takes nvcc, cmake
 # and pybind11 as well; a library with CUDA kernels that lies there already (REFT_KERNELS_FORCE_CUDA_BUILD=1
@@ -15,7 +15,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-pieces=(build native tests ceilings timings sanitizer plots)
+pieces=(build native tests ceilings timings orthonormal sanitizer plots)
 out=benchmarks/results/gpu
 only=${GPU_SUITE_ONLY:-}
 limit=530
@@ -135,7 +135,7 @@ pytest_within() {
   # -v and the -q of pyproject.toml cancel out. Of a test that hangs, faulthandler prints where; to end its workers and
   # print what failed until then, pytest-xdist takes ten seconds.
   timeout --foreground --kill-after=12 "$seconds" "$python" -m pytest -vv -o faulthandler_timeout=60 \
-    -p no:cacheprovider python_tests/test_edit_gpu.py "$@"
+    -p no:cacheprovider python_tests/test_edit_gpu.py python_tests/test_orthonormal_gpu.py "$@"
 }
 tests() {
   local beside='gpu and not alone' last=60 workers i status=0 shards=()
@@ -167,6 +167,9 @@ ceilings() {
 timings() {
   "$python" -m benchmarks.run --suite ops --device cuda --out "$out" --only timings --budget "$(($1 - 25))"
 }
+orthonormal() {
+  "$python" -m benchmarks.orthonormal --device cuda --seconds 0.1 --out "$out"
+}
 sanitizer() {
   local tool status=0
   "$python" -m benchmarks.sanitizer_case || return # compiles the kernels before a sanitizer slows everything down
@@ -181,7 +184,7 @@ plots() {
   "$python" -m benchmarks.run --suite ops --device cuda --out "$out" --only plots
 }
 
-declare -A seconds_of=([build]=45 [native]=60 [tests]=160 [ceilings]=25 [timings]=150 [sanitizer]=75 [plots]=15)
+declare -A seconds_of=([build]=45 [native]=60 [tests]=160 [ceilings]=25 [timings]=125 [orthonormal]=25 [sanitizer]=75 [plots]=15)
 names=() results=() spent=()
 note() { names+=("$1") results+=("$2") spent+=("$3"); }
 
@@ -205,7 +208,7 @@ run() {
 
 sanitizer_program=$(sanitizer_path)
 export out python sanitizer_program
-export -f arch build native pytest_within tests ceilings timings sanitizer plots
+export -f arch build native pytest_within tests ceilings timings orthonormal sanitizer plots
 
 device 2>&1 | tee "$out/device.txt"
 has_gpu=$((PIPESTATUS[0] == 0))

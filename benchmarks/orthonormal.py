@@ -1,8 +1,9 @@
 """R of all layers, forward and backward, and one optimiser step: ours, torch's parametrisation, a batched compact WY.
 
-    python -m benchmarks.orthonormal [--threads 2] [--seconds 2] [--only REGEX]
+    python -m benchmarks.orthonormal [--device auto] [--threads 2] [--seconds 2] [--only REGEX]
 
-All sides of a size take turns in one process. Timed are
+All sides of a size take turns in one process (on a GPU each is captured in a CUDA graph, by the timers of
+``benchmarks.run``). Timed are
 
     R       from X of every layer to R, and from dL/dR to dL/dX: what happens once per optimiser step
     step    one step of the optimiser over R (or X), W and b of every layer, and then R, ready to be read
@@ -16,11 +17,8 @@ orthonormal rows is kept. "state" counts the floats that a layer keeps for R, pa
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,12 +30,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from benchmarks.ops import machine, store
+from benchmarks.ops.timing import Effort, time_cpu, time_cuda
 from reft_kernels import OrthonormalRows, StiefelAdamW, orthonormal_rows
 from reft_kernels import orthonormal_reference as reference
 from reft_kernels.backends import orthonormal_registry as registry
 from reft_kernels.stiefel import StiefelRows
 
-RESULTS = machine.ROOT / "benchmarks" / "results" / "orthonormal_cpu.json"
+RESULTS = machine.ROOT / "benchmarks" / "results"
 
 
 class Size(NamedTuple):
@@ -69,43 +68,47 @@ class Timed(NamedTuple):
 
 
 def main() -> int:
-    """Measures and writes benchmarks/results/orthonormal_cpu.json."""
+    """Measures and writes benchmarks/results/orthonormal_<device>.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.orthonormal", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each side (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="REGEX", help="searched in names such as L32-d4096-r8")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="a folder (default: benchmarks/results)", default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    device = machine.choose_device(options.device)
+    torch.set_default_device(device)
     results: dict[str, Any] = {}
     table = Table("size", "what", "side", "median ms", "over ours", "error", "state")
     for size in SIZES:
         if not re.search(options.only, size.name):
             continue
         results[size.name] = {}
-        for what, sides in (("R", rows_sides(size)), ("step", step_sides(size))):
-            found = measure(sides, options.seconds)
+        for what, sides in (("R", rows_sides(size, device)), ("step", step_sides(size, device))):
+            found = measure(sides, device, options.seconds)
             results[size.name][what] = found
             for name, one in found.items():
                 error, state = one.get("error"), one.get("state")
                 table.add_row(
-                    size.name, what, name, f"{one['p50_ms']:,.3f}", f"{one['times_ours']:,.2f}",
+                    size.name, what, name, f"{one['p50_us'] / 1e3:,.3f}", f"{one['times_ours']:,.2f}",
                     "" if error is None else f"{error:.1g}", "" if state is None else f"{state:.2f}",
                 )  # fmt: skip
-    environment = machine.environment(torch.device("cpu"))
-    store.write_json(options.out, {"environment": environment, "backends": backends(), "sizes": results})
+    path = options.out / f"orthonormal_{machine.slug(device)}.json"
+    kept = {"environment": machine.environment(device), "backends": backends(device), "sizes": results}
+    store.write_json(path, kept)
     Console(width=120).print(table)
-    print(options.out)
+    print(path)
     return 0
 
 
-def backends() -> list[str]:
+def backends(device: torch.device) -> list[str]:
     """Ours that run here, the one that ``auto`` takes first."""
-    names = registry.order(torch.device("cpu"))
+    names = registry.order(device)
     return [name for name in names if registry.BACKENDS[name].unavailable() is None]
 
 
-def rows_sides(size: Size) -> dict[str, Timed]:
+def rows_sides(size: Size, device: torch.device) -> dict[str, Timed]:
     """R of all layers, forward and backward."""
     modules = [_moved(size.d, size.r) for _ in range(size.layers)]
     grads = [torch.randn(size.r, size.d) for _ in modules]
@@ -115,7 +118,7 @@ def rows_sides(size: Size) -> dict[str, Timed]:
     state = sum(t.numel() for t in first.state_dict().values()) / (size.d * size.r)
     sides: dict[str, Timed] = {}
 
-    for name in backends():
+    for name in backends(device):
         backend = registry.BACKENDS[name]
 
         def ours(backend: Any = backend) -> object:
@@ -153,10 +156,10 @@ def rows_sides(size: Size) -> dict[str, Timed]:
     return sides
 
 
-def step_sides(size: Size) -> dict[str, Timed]:
+def step_sides(size: Size, device: torch.device) -> dict[str, Timed]:
     """An optimiser's step over R, W, b of all layers, and R after it."""
     sides: dict[str, Timed] = {}
-    for name in backends():
+    for name in backends(device):
         rows = [StiefelRows(size.d, size.r) for _ in range(size.layers)]
         polar = StiefelAdamW(_with_W(rows, size), lr=1e-4, backend=name)
         sides[f"StiefelAdamW {name}"] = Timed(polar.step, 1, None, None, 1.0)
@@ -189,29 +192,22 @@ def step_sides(size: Size) -> dict[str, Timed]:
     return sides
 
 
-def measure(sides: dict[str, Timed], seconds: float) -> dict[str, Any]:
-    """Medians in milliseconds of all sides taking turns, over that of the first."""
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
-        side.call()
-    budget = dict.fromkeys(sides, seconds)
-    for number in itertools.count():
-        going = [name for name in sides if budget[name] > 0 or number < 5]
-        if not going:
-            break
-        for name in going:
-            start = time.perf_counter()
-            sides[name].call()
-            passed = time.perf_counter() - start
-            samples[name].append(passed * sides[name].times * 1e3)
-            budget[name] -= passed
-    ours = statistics.median(next(iter(samples.values())))
+def measure(sides: dict[str, Timed], device: torch.device, seconds: float) -> dict[str, Any]:
+    """Percentiles in microseconds of all sides, and their medians over that of the first."""
+    effort = Effort(seconds, least=5, most=400)
+    if device.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            times = {name: time_cuda([side.call], effort) for name, side in sides.items()}
+    else:
+        times = time_cpu({name: [side.call] for name, side in sides.items()}, effort)
+    ours = next(iter(times.values())).p50
     found: dict[str, Any] = {}
     for name, side in sides.items():
-        p20, p50, p80 = (sorted(samples[name])[int(q * (len(samples[name]) - 1))] for q in (0.2, 0.5, 0.8))
+        timing = times[name]
         found[name] = {
-            "p20_ms": round(p20, 4), "p50_ms": round(p50, 4), "p80_ms": round(p80, 4), "samples": len(samples[name]),
-            "times_ours": round(p50 / ours, 3),
+            **{f"{q}_us": round(getattr(timing, q) * side.times, 2) for q in ("p20", "p50", "p80")},
+            "times_ours": round(timing.p50 * side.times / ours, 3),
+            "samples": timing.samples, "method": timing.method, "note": timing.note,
         }  # fmt: skip
         if side.R is not None:
             wide = side.R.double()

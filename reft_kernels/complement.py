@@ -51,7 +51,7 @@ class ComplementRows(nn.Module):
             check_rows(fixed, d, k)
             check_orthonormal(fixed)
             packed, _ = torch.geqrf(fixed.detach().to("cpu", torch.float64).T)
-            self.reflectors = (packed.tril(-1) + torch.eye(d, k)).to(self.reflectors.dtype)
+            self.reflectors.copy_(packed.tril(-1) + torch.eye(d, k, device="cpu"))
 
     @property
     def orthogonality(self) -> str:

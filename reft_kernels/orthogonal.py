@@ -118,10 +118,10 @@ class OrthonormalRows(nn.Module):
         target = R.detach().to("cpu", torch.float64).T  # [d, r]
         check_orthonormal(R)
         packed, _ = torch.geqrf(target)
-        eye = torch.eye(self.d, self.r, dtype=torch.float64)
+        eye = torch.eye(self.d, self.r, dtype=torch.float64, device="cpu")
         reflectors = (packed.tril(-1) + eye).to(self.reflectors.dtype)
         # The signs for which the first columns of the base point along R, whatever geqrf chose.
-        plain = OrthonormalProblem((-eye,), (reflectors.double(),), (torch.ones(self.r, dtype=torch.float64),))
+        plain = OrthonormalProblem((-eye,), (reflectors.double(),), (packed.new_ones(self.r),))
         (start,), _ = choose("auto", plain).orthonormalize_forward(plain)
         self.reflectors.copy_(reflectors)
         self.signs.copy_((start.T * target).sum(0).sign())
@@ -323,7 +323,7 @@ def check_rows(R: Tensor, d: int, r: int) -> None:
 def check_orthonormal(R: Tensor) -> None:
     """Raises ValueError where the rows of R [r, d] are further than 1e-2 from orthonormal."""
     wide = R.detach().to("cpu", torch.float64)
-    error = (wide @ wide.T - torch.eye(len(wide), dtype=torch.float64)).abs().max()
+    error = (wide @ wide.T - torch.eye(len(wide), dtype=torch.float64, device="cpu")).abs().max()
     if not error <= 1e-2:
         raise ValueError(f"R: expected orthonormal rows, got rows with |R R^T - I| = {float(error):.2g}")
 
