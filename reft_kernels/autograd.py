@@ -12,6 +12,7 @@ from torch import Tensor
 from reft_kernels.ops import NO_SECOND_DERIVATIVE, run_backward, run_forward
 from reft_kernels.ownership import owned
 from reft_kernels.problem import EditProblem, Needs, as_rows, grouped
+from reft_kernels.transforms import stands_for_many
 
 
 class Options(NamedTuple):
@@ -75,8 +76,12 @@ class EditFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of h, R, W, b and c, those asked for."""
-        reuse = ctx.needs_input_grad[0] and owned(grad)  # before anything else refers to it
         options: Options = ctx.options
+        backend = options.backend
+        if stands_for_many(grad):
+            reuse, backend = False, "eager" if backend == "auto" else backend
+        else:
+            reuse = ctx.needs_input_grad[0] and owned(grad)  # before anything else refers to it
         create_graph = torch.is_grad_enabled()
         if options.inplace and create_graph:
             # No tensor that is left leads to h before the edit, so a second derivative could not be told of it.
@@ -92,7 +97,7 @@ class EditFunction(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:5])
         with torch.no_grad() if create_graph else nullcontext():
             dh, *rest = run_backward(
-                as_rows(grad, positions is not None), problem, delta, s, needs, options.backend,
+                as_rows(grad, positions is not None), problem, delta, s, needs, backend,
                 inplace=reuse, rebuild=options.rebuild, into=into,
             )  # fmt: skip
             if into is not None:

@@ -21,6 +21,7 @@ from reft_kernels.operands import check_contents, check_layout, check_writable, 
 from reft_kernels.operands import normalise as _normalise
 from reft_kernels.ops import edit_in_place, run_forward
 from reft_kernels.problem import EditProblem, grouped
+from reft_kernels.transforms import torch_func_is_active, transformed
 
 
 def edit(
@@ -76,7 +77,8 @@ def edit(
             does not accumulate into (``torch.autograd.grad``, ``inputs=``) and every other tensor get their gradient
             as usual. Call the backward from the forward's stream. Not under ``torch.compile``.
         backend: one of auto, triton, cuda, cpu, eager. ``auto`` takes the first that can, see :func:`explain`; one
-            asked for by name is never replaced by another.
+            asked for by name is never replaced by another. Inside a transform of torch.func, and of a tensor with a
+            forward-mode tangent, only ``eager`` can, whose operations are then differentiated as they stand.
 
     Returns:
         The shape and dtype of h. Rows not named are those of h, bit for bit.
@@ -86,7 +88,7 @@ def edit(
         ValueError: shapes, devices or settings that do not fit, or a backend that cannot take this edit. In debug
             mode (:func:`reft_kernels.set_debug`) also positions or groups out of range, and positions named twice;
             without it an out-of-range entry names no row, and of two edits of one row either may win.
-        NotImplementedError: in the backward, where a second derivative is asked for.
+        NotImplementedError: in the backward, where a second derivative is asked for (but for torch.func's).
 
     Source: Wu et al., 2024 (arXiv 2404.03592), equations 2 and 3 and appendix E; pyreft/interventions.py.
     """
@@ -100,8 +102,11 @@ def edit(
         if accumulate:
             raise ValueError("accumulate: expected False under torch.compile, which has no `.grad` to add to; got True")
         problem = grouped(problem)
+        if torch_func_is_active():  # the ops know neither forward mode nor torch.func's grad; `eager` is traced instead
+            y: Tensor = run_forward(problem, "eager" if backend == "auto" else backend, inplace, False)[0]
+            return h if inplace else y.view(h.shape)
         if not inplace:
-            y: Tensor = torch.ops.reft_kernels.edit_forward(*problem, backend)[0]
+            y = torch.ops.reft_kernels.edit_forward(*problem, backend)[0]
             return y.view(h.shape)
         check_layout(h)
         return edit_in_place(h, problem, backend)
@@ -109,13 +114,14 @@ def edit(
         check_contents(problem)
     if inplace:
         check_writable(h)
-    if torch.is_grad_enabled() and (
+    differentiable = torch.is_grad_enabled() and (
         h.requires_grad
         or R.requires_grad
         or (W is not None and W.requires_grad)
         or (b is not None and b.requires_grad)
         or (c is not None and c.requires_grad)
-    ):
+    )
+    if differentiable and transformed(problem) is None:
         options = Options(backend, inplace, _rebuilds(rebuild, inplace, h, problem), accumulate)
         return apply_edit(h, R, W, b, c, problem, options)
     y = run_forward(grouped(problem), backend, inplace, False)[0]

@@ -6,6 +6,7 @@ import ctypes
 
 from reft_kernels.backends import native
 from reft_kernels.problem import EditProblem
+from reft_kernels.transforms import transformed
 
 name = "cpu"
 
@@ -18,7 +19,7 @@ def unavailable() -> str | None:
 def unsupported(problem: EditProblem) -> str | None:
     """Why this edit is not for these kernels; None if it is."""
     device = problem.h.device
-    return None if device.type == "cpu" else f"needs h on the CPU, got {device}"
+    return transformed(problem) if device.type == "cpu" else f"needs h on the CPU, got {device}"
 
 
 def instruction_set() -> str:

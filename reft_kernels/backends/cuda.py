@@ -9,6 +9,7 @@ import torch
 
 from reft_kernels.backends import native
 from reft_kernels.problem import EditProblem
+from reft_kernels.transforms import transformed
 
 name = "cuda"
 
@@ -41,7 +42,7 @@ def unsupported(problem: EditProblem) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < MIN_CAPABILITY:
         return f"needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer, got {major}.{minor}"
-    return cannot_launch(device.index) or unsupported_operands(p)
+    return cannot_launch(device.index) or unsupported_operands(p) or transformed(p)
 
 
 @functools.cache

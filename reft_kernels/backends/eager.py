@@ -4,6 +4,9 @@ Reads the named rows, edits them in the accumulator's dtype and writes them back
 the host: slots without a row (-1) are computed along and masked. With G weight sets each is applied to all named rows
 and a mask picks, which costs G times the arithmetic of one and keeps what is not finite in one set's rows or weights
 out of the others.
+
+Under torch's transforms the forward's operations are differentiated as they stand; there a row that is not finite
+reaches the gradients of every set.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from reft_kernels.philox import keep_mask
 from reft_kernels.problem import EditProblem, Needs
 from reft_kernels.reference import activate, activation_slope
+from reft_kernels.transforms import torch_func_is_active, transformed
 
 name = "eager"
 
@@ -41,6 +45,9 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
         else empty.
     """
     p = problem
+    if inplace and transformed(p):  # what is written must not be what a derivative is made of
+        y, delta, s, saved = edit_forward(p._replace(h=p.h.clone()), False, save_rows)
+        return p.h.copy_(y), delta, s, saved
     dtype = p.accumulator
     slots = _slots(p, p.h.shape)
     before = _read(p.h, slots)  # [N, d]
@@ -59,8 +66,8 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
         if p.subtract:
             delta = delta - _down(x, R, None if p.c is None else p.c.to(dtype), slots, r)
     if slots.idle is not None:
-        delta = delta.masked_fill_(slots.idle, 0)
-        s = s.masked_fill_(slots.idle, 0) if s.numel() else s
+        delta = delta.masked_fill(slots.idle, 0)
+        s = s.masked_fill(slots.idle, 0) if s.numel() else s
 
     # Without positions `before` may be a view of h, which is written below.
     saved = (before.clone() if slots.row is None else before) if save_rows else p.h.new_empty(0)
@@ -211,17 +218,25 @@ def _write(h: Tensor, slots: _Slots, rows: Tensor, before: Tensor, inplace: bool
         rows = before.where(slots.idle, rows)
     if slots.row is None:
         return h.copy_(rows.view(h.shape)) if inplace else rows.contiguous().view(h.shape)
-    y = h if inplace else h.clone(memory_format=torch.contiguous_format)
     length = h.shape[1]
     if rows.numel() == 0 or length == 0:
-        return y
+        return h if inplace else h.clone(memory_format=torch.contiguous_format)
     row = slots.row
+    source = torch.arange(row.shape[0], device=row.device)
     if slots.idle is not None:
         # A slot without an edit repeats the first edited slot's write: the same values to the same row, whatever
         # the order. If no slot is edited, every slot writes back what slot 0 read.
         first = slots.idle.min(0).indices
-        source = first.where(slots.idle.squeeze(1), torch.arange(row.shape[0], device=row.device))
-        row, rows = row.index_select(0, source), rows.index_select(0, source)
+        source = first.where(slots.idle.squeeze(1), source)
+        row = row.index_select(0, source)
+    if torch_func_is_active() or rows.requires_grad:
+        # Read from rather than written to: a row that is written twice would count twice in a derivative.
+        slot = row.new_full((h.shape[0] * length,), -1).index_put((row,), source).unsqueeze(1)
+        y = rows.index_select(0, slot.clamp(min=0).squeeze(1)).where(slot >= 0, h.reshape(-1, h.shape[2]))
+        return h.copy_(y.view(h.shape)) if inplace else y.view(h.shape)
+    if slots.idle is not None:
+        rows = rows.index_select(0, source)
+    y = h if inplace else h.clone(memory_format=torch.contiguous_format)
     flat = _matrix(y)
     if flat is None:
         y.index_put_((row // length, row % length), rows)
@@ -253,8 +268,10 @@ def _scaled(u: Tensor, p: EditProblem, slots: _Slots) -> Tensor:
     """scale * u for rows u [N, r]; 0 where not edited, whatever the scale is there."""
     if p.scale is None:
         return u
-    u = u * p.scale.reshape(-1, 1).to(u.dtype)
-    return u if slots.idle is None else u.masked_fill_(slots.idle, 0)
+    scale = p.scale.reshape(-1, 1).to(u.dtype)
+    if slots.idle is None:
+        return u * scale
+    return (u * scale.masked_fill(slots.idle, 0)).masked_fill_(slots.idle, 0)
 
 
 def _down(x: Tensor, weight: Tensor | None, bias: Tensor | None, slots: _Slots, r: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from reft_kernels.backends.barrier_words import barrier_word
 from reft_kernels.philox import keep_threshold
 from reft_kernels.problem import EditProblem, Needs
+from reft_kernels.transforms import transformed
 from reft_kernels.triton.config_tables import BackwardConfig, Config
 from reft_kernels.triton.heuristics import backward_config, forward_config, padded_rank
 from reft_kernels.triton.interpreter import interpreted
@@ -71,7 +72,7 @@ def unsupported(problem: EditProblem) -> str | None:
         return "float64 runs in the interpreter only"
     if problem.R.shape[1] > MAX_RANK:
         return f"takes ranks up to {MAX_RANK}, got r={problem.R.shape[1]}"
-    return None
+    return transformed(problem)
 
 
 @functools.cache
