@@ -23,7 +23,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input
 PINS := requirements-torch.txt requirements-triton.txt requirements.txt requirements-models.txt
 PYTHON_FILES := setup.py reft_kernels benchmarks python_tests
 NATIVE_FILES := $(shell find csrc python_tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-NATIVE_BUILD := CMakeLists.txt setup.py $(shell find csrc -type f)
+NATIVE_BUILD := CMakeLists.txt setup.py reft_kernels/backends/native_schemas.py $(shell find csrc -type f)
 
 # $(call new_environment,FOLDER): an empty virtual environment made by the first Python that is new enough.
 define new_environment

@@ -117,6 +117,7 @@ py::dict plan_backward(int64_t batch, int64_t length, std::optional<int64_t> slo
 
 py::dict build_info() {
   py::dict out;
+  out["schemas"] = REFT_KERNELS_SCHEMAS;
   out["version"] = REFT_KERNELS_VERSION;
   out["compiler"] = REFT_KERNELS_COMPILER;
   out["flags"] = REFT_KERNELS_FLAGS;

@@ -1,11 +1,12 @@
 // The native ops for torch, by its stable ABI: one binary for every supported torch, with or without CUDA,
-// and for every Python. Their schemas are in reft_kernels/backends/native.py.
+// and for every Python. Their schemas are in reft_kernels/backends/native_schemas.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <string>
 
+#include "build_info.h"
 #include "edit_operands.h"
 #include "reft_kernels/launch.h"
 
@@ -64,6 +65,11 @@ struct Op<Machine, make_params, Params (*)(const Tensor&, Arguments...)> {
 
 }  // namespace
 }  // namespace reft_kernels
+
+// For reft_kernels/backends/native.py: which schemas the implementations below are for.
+extern "C" __attribute__((visibility("default"))) const char* reft_kernels_schemas() {
+  return REFT_KERNELS_SCHEMAS;
+}
 
 // For reft_kernels/backends/cpu.py.
 extern "C" __attribute__((visibility("default"))) const char* reft_kernels_instruction_set() {

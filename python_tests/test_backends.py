@@ -177,6 +177,41 @@ def test_without_the_native_library_it_is_said_why(monkeypatch: pytest.MonkeyPat
             native.load.cache_clear()
 
 
+STALE = "the native library was built from other sources; build it again (make setup, or pip install)"
+
+
+@pytest.mark.parametrize("where", ["library", "module"])
+def test_a_library_for_other_schemas_is_not_used(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu.unavailable() is not None:
+        pytest.skip("the native library is not built")
+    told = native.build_info()
+    if where == "library":
+        monkeypatch.setattr(native, "FINGERPRINT", "of other schemas")
+        monkeypatch.setattr(native, "build_info", dict)
+    else:
+        monkeypatch.setattr(native, "build_info", lambda: {**told, "schemas": "other"})
+    native.load.cache_clear()
+    try:
+        assert native.load() == STALE
+        assert registry.choose("auto", problem()) is eager
+    finally:
+        native.load.cache_clear()
+
+
+def test_a_library_that_tells_no_schemas_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    older = tmp_path / "libolder.so"
+    subprocess.run([compiler, "-shared", "-o", older, "-xc", "/dev/null"], check=True)
+    monkeypatch.setattr(native, "LIBRARY", older)
+    native.load.cache_clear()
+    try:
+        assert native.load() == STALE
+    finally:
+        native.load.cache_clear()
+
+
 def test_kernels_are_compiled_for_these_types_alone() -> None:
     """What the CUDA backend refuses before it looks at a device."""
 

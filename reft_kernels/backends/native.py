@@ -6,6 +6,7 @@ CUDA. It knows nothing of Python, and by torch's stable ABI it loads under every
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,24 +15,12 @@ import torch
 from torch import Tensor
 
 from reft_kernels.backends.barrier_words import barrier_word
+from reft_kernels.backends.native_schemas import FINGERPRINT, SCHEMAS
 from reft_kernels.philox import keep_threshold
 from reft_kernels.problem import EditProblem, Needs
 from reft_kernels.reference import ACTIVATIONS
 
 LIBRARY = Path(__file__).parent.parent / "libreft_kernels_ops.so"
-
-_OPERANDS = (
-    "Tensor R, Tensor? W, Tensor? b, Tensor? c, Tensor? positions, Tensor? group, Tensor? scale, Tensor? seed, "
-    "bool subtract, int activation, int keep_threshold, float keep_scale"
-)
-# Every tensor is the caller's: nothing is allocated. `add` has a bit for each of dR, dW, db, dc.
-SCHEMAS = (
-    f"native_edit_forward(Tensor h, Tensor(a!) y, Tensor(b!) delta, Tensor(c!)? s, Tensor(d!)? rows, {_OPERANDS}, "
-    "bool copy_idle) -> ()",
-    f"native_edit_backward(Tensor grad, Tensor(a!)? dh, Tensor x, {_OPERANDS}, Tensor delta, Tensor? s, "
-    "Tensor(b!) gd, Tensor(c!)? gs, Tensor(d!)? dR, Tensor(e!)? dW, Tensor(f!)? db, Tensor(g!)? dc, int add, "
-    "bool rebuild, bool copy_idle, Tensor(h!)? barrier) -> ()",
-)
 
 
 def define(namespace: str) -> torch.library.Library:
@@ -59,7 +48,19 @@ def load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the native library does not load: {error.__cause__ or error}"
+    if _fingerprint() != FINGERPRINT or build_info().get("schemas", FINGERPRINT) != FINGERPRINT:
+        return "the native library was built from other sources; build it again (make setup, or pip install)"
     return None
+
+
+def _fingerprint() -> str | None:
+    """Of the schemas that the loaded library was compiled for; None if it does not tell."""
+    try:
+        function = ctypes.CDLL(str(LIBRARY)).reft_kernels_schemas
+    except AttributeError:
+        return None
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
 
 
 def build_info() -> dict[str, str]:
