@@ -62,6 +62,14 @@ def test_supported_pythons_agree() -> None:
     assert f"sys.version_info < {oldest}" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-pyreft.txt"])
+def test_pinned_setuptools_suits_every_torch(file: str) -> None:
+    """torch 2.11 and 2.12 want less than 82, 2.13 and 2.14 at least 77.0.3."""
+    match = re.search(r"^setuptools==(\d+)\.(\d+)\.(\d+)$", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    assert match is not None
+    assert (77, 0, 3) <= tuple(map(int, match.groups())) < (82,)
+
+
 @pytest.mark.parametrize("blocked", [("triton",), ("transformers",), OPTIONAL], ids=["triton", "transformers", "all"])
 def test_import_and_edit_without(blocked: tuple[str, ...]) -> None:
     script = BLOCK.format(blocked=blocked) + (
