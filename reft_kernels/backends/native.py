@@ -16,6 +16,14 @@ from torch import Tensor
 
 from reft_kernels.backends.barrier_words import barrier_word
 from reft_kernels.backends.native_schemas import FINGERPRINT, SCHEMAS
+from reft_kernels.backends.tensors import (
+    NO_PLACES,
+    forward_results,
+    weight_gradients,
+    weights,
+    with_unit_stride,
+    written_in_place,
+)
 from reft_kernels.philox import keep_threshold
 from reft_kernels.problem import EditProblem, Needs
 from reft_kernels.reference import ACTIVATIONS
@@ -91,26 +99,18 @@ class NativeOps:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See :func:`reft_kernels.backends.eager.edit_forward`."""
         p = problem
-        batch, length, d = p.h.shape
-        h = _with_unit_stride(p.h)
-        rows, r = batch * (length if p.positions is None else p.positions.shape[1]), p.R.shape[1]
+        batch, length, _ = p.h.shape
+        h = with_unit_stride(p.h)
+        rows = batch * (length if p.positions is None else p.positions.shape[1])
         linear = p.activation == "linear"
-        if inplace:
-            y = h
-        elif p.positions is None:
-            y = torch.empty_like(h, memory_format=torch.contiguous_format)
-        else:
-            y = h.clone(memory_format=torch.contiguous_format)
-        delta = h.new_empty(rows, r, dtype=p.accumulator)
-        s = h.new_empty(0 if linear else (rows, r), dtype=p.accumulator)
-        before = h.new_empty((rows, d) if save_rows else 0)
+        y, delta, s, before = forward_results(p, h, rows, inplace, save_rows)
         if rows:
             copy_idle = p.positions is None and p.group is not None and not inplace
             self._forward(
                 h, y, delta, None if linear else s, before if save_rows else None, *_operands(p), copy_idle
             )  # fmt: skip
-            if inplace and not h.is_inference():
-                torch.autograd.graph.increment_version(h)
+            if inplace:
+                written_in_place(h)
         return y, delta, s, before
 
     def edit_backward(
@@ -140,19 +140,8 @@ class NativeOps:
                 dh = torch.empty_like(grad, memory_format=torch.contiguous_format)
             else:
                 dh = grad = grad.clone(memory_format=torch.contiguous_format)
-        places = (None,) * 4 if into is None else into
-        outputs: list[Tensor | None] = []
-        for weight, need, place in zip(p[1:5], needs[1:], places, strict=True):
-            if weight is None or not need:
-                outputs.append(None)
-            elif place is not None:
-                torch.autograd.graph.increment_version(place)
-                outputs.append(place)
-            elif rows:
-                outputs.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
-            else:
-                outputs.append(torch.zeros_like(weight, memory_format=torch.contiguous_format))
-        dR, dW, db, dc = outputs
+        places = NO_PLACES if into is None else into
+        dR, dW, db, dc = weight_gradients(p, rows, needs, places)
         if rows:
             gd = torch.empty_like(delta)
             gs = None if linear else torch.empty_like(delta)
@@ -163,21 +152,16 @@ class NativeOps:
                 with torch.cuda.device(grad.device):  # whether a graph is being captured is asked of the current one
                     barrier = barrier_word(grad.device)
             self._backward(
-                grad, dh, _with_unit_stride(p.h), *_operands(p), delta, None if linear else s, gd, gs, dR, dW, db, dc,
+                grad, dh, with_unit_stride(p.h), *_operands(p), delta, None if linear else s, gd, gs, dR, dW, db, dc,
                 add, rebuild, copy_idle, barrier,
             )  # fmt: skip
         return dh, dR, dW, db, dc
 
 
-def _with_unit_stride(h: Tensor) -> Tensor:
-    return h if h.stride(-1) == 1 or h.shape[-1] <= 1 else h.contiguous()
-
-
 def _operands(p: EditProblem) -> tuple[object, ...]:
     """The operands from R on as the ops take them."""
-    weights = (None if t is None else t.contiguous() for t in p[1:5])
     keep = (keep_threshold(p.dropout), 1 / (1 - p.dropout))
-    return *weights, *p[5:9], p.subtract, ACTIVATIONS.index(p.activation), *keep
+    return *weights(p), *p[5:9], p.subtract, ACTIVATIONS.index(p.activation), *keep
 
 
 OPS = NativeOps("reft_kernels")

@@ -18,6 +18,14 @@ import torch
 from torch import Tensor
 
 from reft_kernels.backends.barrier_words import barrier_word
+from reft_kernels.backends.tensors import (
+    NO_PLACES,
+    forward_results,
+    weight_gradients,
+    weights,
+    with_unit_stride,
+    written_in_place,
+)
 from reft_kernels.philox import keep_threshold
 from reft_kernels.problem import EditProblem, Needs
 from reft_kernels.transforms import transformed
@@ -92,20 +100,11 @@ def _kernels() -> SimpleNamespace:
 def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`reft_kernels.backends.eager.edit_forward`."""
     p = problem
-    batch, length, d = p.h.shape
-    h = p.h if p.h.stride(2) == 1 or d <= 1 else p.h.contiguous()
+    batch, length, _ = p.h.shape
+    h = with_unit_stride(p.h)
     slots = length if p.positions is None else p.positions.shape[1]
-    rows, r = batch * slots, p.R.shape[1]
-    linear = p.activation == "linear"
-    if inplace:
-        y = h
-    elif p.positions is None:
-        y = torch.empty_like(h, memory_format=torch.contiguous_format)
-    else:
-        y = h.clone(memory_format=torch.contiguous_format)
-    delta = h.new_empty(rows, r, dtype=p.accumulator)
-    s = h.new_empty(0 if linear else (rows, r), dtype=p.accumulator)
-    before = h.new_empty((rows, d) if save_rows else 0)
+    rows = batch * slots
+    y, delta, s, before = forward_results(p, h, rows, inplace, save_rows)
     if rows == 0:
         return y, delta, s, before
     kernels = _kernels()
@@ -115,7 +114,7 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
         programs = min(programs, resident_programs(h.device))
     with _on_device(h):
         kernels.forward[(programs,)](
-            h, y, delta, s, before, *_weights(p), p.positions, p.group, p.scale, p.seed,
+            h, y, delta, s, before, *weights(p), p.positions, p.group, p.scale, p.seed,
             rows, slots, length, p.R.shape[0],
             h.stride(0), h.stride(1), y.stride(0), y.stride(1), *_slot_strides(p),
             1 / (1 - p.dropout),
@@ -126,8 +125,8 @@ def edit_forward(problem: EditProblem, inplace: bool, save_rows: bool) -> tuple[
             COPY_OTHERS=p.positions is None and p.group is not None and not inplace,
             ACCUMULATOR=kernels.accumulators[p.accumulator],
         )  # fmt: skip
-    if inplace and not h.is_inference():
-        torch.autograd.graph.increment_version(h)  # a kernel's stores do not
+    if inplace:
+        written_in_place(h)
     return y, delta, s, before
 
 
@@ -152,24 +151,15 @@ def edit_backward(
         grad = grad.contiguous()
     elif needs.h and not inplace:
         grad = grad.clone(memory_format=torch.contiguous_format)
-    x = p.h if p.h.stride(-1) == 1 or d <= 1 else p.h.contiguous()
-    weights = (p.R, p.W, p.b, p.c)
-    sums = (None,) * 4 if into is None else into
-    asked = tuple(need and t is not None for need, t in zip(needs[1:], weights, strict=True))
-    outputs = [
-        (own if own is not None else _output_like(t, rows)) if ask and t is not None else None
-        for t, ask, own in zip(weights, asked, sums, strict=True)
-    ]
-    dR, dW, db, dc = outputs
+    x = with_unit_stride(p.h)
+    places = NO_PLACES if into is None else into
+    dR, dW, db, dc = weight_gradients(p, rows, needs, places)
     gradients = (grad if needs.h else None, dR, dW, db, dc)
     if rows == 0:
         return gradients
-    for place in sums:
-        if place is not None:
-            torch.autograd.graph.increment_version(place)
     gd = delta.new_empty(rows, r)
     gs = gd if linear else torch.empty_like(gd)
-    R, W, _, _ = _weights(p)
+    R, W, _, _ = weights(p)
     kernels = _kernels()
     resident = resident_programs(grad.device)
     config = _measured("edit_backward", p, rows) or backward_config(p, rows, resident, warpgroups(grad.device))
@@ -196,20 +186,15 @@ def edit_backward(
                 NEED_W=dW is not None,
                 NEED_B=db is not None,
                 NEED_C=dc is not None,
-                ADD_R=sums[0] is not None,
-                ADD_W=sums[1] is not None,
-                ADD_B=sums[2] is not None,
-                ADD_C=sums[3] is not None,
+                ADD_R=places[0] is not None,
+                ADD_W=places[1] is not None,
+                ADD_B=places[2] is not None,
+                ADD_C=places[3] is not None,
                 PHASE=phase,
                 ACCUMULATOR=kernels.accumulators[p.accumulator],
                 **({} if interpreted() else {"launch_cooperative_grid": True}),
             )  # fmt: skip
     return gradients
-
-
-def _output_like(weight: Tensor, rows: int) -> Tensor:
-    make = torch.empty_like if rows else torch.zeros_like
-    return make(weight, memory_format=torch.contiguous_format)
 
 
 def _measured(op: str, p: EditProblem, rows: int) -> Config | None:
@@ -229,11 +214,6 @@ def _chunk(rows: int, d: int, grad: Tensor, x: Tensor, config: BackwardConfig, p
     fitting = _l2_bytes(grad.device) // 2 // (d * (grad.element_size() + x.element_size()))
     chunk = max(step, fitting // step * step)
     return chunk if 2 * chunk <= rows else rows
-
-
-def _weights(p: EditProblem) -> tuple[Tensor | None, ...]:
-    """R, W, b, c as the kernels address them."""
-    return tuple(None if t is None else t.contiguous() for t in (p.R, p.W, p.b, p.c))
 
 
 def _slot_strides(p: EditProblem) -> tuple[int, ...]:
