@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FORWARD, BACKWARD, COMMON, EAGER = (
     "triton/edit_forward.py", "triton/edit_backward.py", "triton/common.py", "backends/eager.py",
 )  # fmt: skip
-LAUNCHER = "backends/triton.py"
+LAUNCHER, TENSORS = "backends/triton.py", "backends/tensors.py"
 
 # file, the line or a part of it, what stands there instead; the first occurrence is replaced, or the one that follows
 # the first part of a text in two parts
@@ -214,19 +214,20 @@ MUTANTS: list[tuple[str, str | tuple[str, str], str]] = [
     # the launcher
     (LAUNCHER, "COPY_OTHERS=p.positions is None and p.group is not None and not inplace", "COPY_OTHERS=False"),
     (LAUNCHER, "elif needs.h and not inplace:", "elif False:"),
-    (LAUNCHER, "ADD_W=sums[1] is not None", "ADD_W=sums[0] is None"),
+    (LAUNCHER, "ADD_W=places[1] is not None", "ADD_W=places[0] is None"),
     (LAUNCHER, "NEED_B=db is not None", "NEED_B=needs.h"),
     (LAUNCHER, "NEED_W=dW is not None", "NEED_W=needs.R and W is not None"),
     (LAUNCHER, "HAS_C=p.c is not None and p.subtract", "HAS_C=False"),
-    (LAUNCHER, "y = h.clone(memory_format=torch.contiguous_format)", "y = torch.empty_like(h)"),
+    (TENSORS, "y = h.clone(memory_format=torch.contiguous_format)", "y = torch.empty_like(h)"),
+    (TENSORS, "found.append(place)", "found.append(torch.empty_like(place))"),
     (LAUNCHER, "gs = gd if linear else torch.empty_like(gd)", "gs = gd"),
     # the eager backend
     (EAGER, "sign=-1).to(p.h.dtype).to(dtype)", "sign=-1)"),
     (EAGER, "delta = delta - _down(x, R,", "delta = delta + _down(x, R,"),
     (EAGER, "delta = activate(s, p.activation)", "delta = s"),
     (EAGER, "None if p.c is None else p.c.to(dtype), slots, r)", "None, slots, r)"),
-    (EAGER, "delta = delta.masked_fill_(slots.idle, 0)", "pass"),
-    (EAGER, "s = s.masked_fill_(slots.idle, 0) if s.numel() else s", "pass"),
+    (EAGER, "delta = delta.masked_fill(slots.idle, 0)", "pass"),
+    (EAGER, "s = s.masked_fill(slots.idle, 0) if s.numel() else s", "pass"),
     (EAGER, "(before.clone() if slots.row is None else before) if save_rows", "before if save_rows"),
     (EAGER, "scaled = _scaled(delta, p, slots)\n    whole", "scaled = delta\n    whole"),
     (EAGER, "whole = slots.row is None and slots.idle is None", "whole = slots.row is None"),
@@ -261,14 +262,15 @@ MUTANTS: list[tuple[str, str | tuple[str, str], str]] = [
     (EAGER, "h.stride(0) == length * h.stride(1)", "h.stride(0) >= length * h.stride(1)"),
     (EAGER, "rows = before.where(slots.idle, rows)", "pass"),
     (EAGER, "y = h if inplace else h.clone(memory_format=torch.contiguous_format)", "y = h"),
-    (EAGER, "row, rows = row.index_select(0, source), rows.index_select(0, source)", "pass"),
+    (EAGER, "row = row.index_select(0, source)", "pass"),
+    (EAGER, "rows = rows.index_select(0, source)", "pass"),
     (EAGER, "torch.arange(shape[0] * shape[1], device=p.R.device) if slots.row is None else slots.row",
      "torch.arange(shape[0] * shape[1], device=p.R.device)[: 1 if slots.row is None else len(slots.row)]"),
     (EAGER, ".to(dtype) / (1 - p.dropout)", ".to(dtype)"),
     (EAGER, "weight = -R if weight is None else weight - R", "weight = R if weight is None else weight - R"),
     (EAGER, "weight = -R if weight is None else weight - R", "weight = -R"),
     (EAGER, "else bias - p.c.to(dtype)", "else bias + p.c.to(dtype)"),
-    (EAGER, "u if slots.idle is None else u.masked_fill_(slots.idle, 0)", "u"),
+    (EAGER, "scale.masked_fill(slots.idle, 0))", "scale)"),
     (EAGER, "zip(slots.others[1:], others, strict=True)", "zip(slots.others, others, strict=False)"),
     (EAGER, "left.masked_fill(o, 0).T @ right.masked_fill(o, 0)", "left.masked_fill(o, 0).T @ right"),
     (EAGER, "left.T @ right if minus is None else torch.addmm(minus[0], left.T, right, beta=-1)", "left.T @ right"),

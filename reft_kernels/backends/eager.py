@@ -269,9 +269,7 @@ def _scaled(u: Tensor, p: EditProblem, slots: _Slots) -> Tensor:
     if p.scale is None:
         return u
     scale = p.scale.reshape(-1, 1).to(u.dtype)
-    if slots.idle is None:
-        return u * scale
-    return (u * scale.masked_fill(slots.idle, 0)).masked_fill_(slots.idle, 0)
+    return u * (scale if slots.idle is None else scale.masked_fill(slots.idle, 0))
 
 
 def _down(x: Tensor, weight: Tensor | None, bias: Tensor | None, slots: _Slots, r: int) -> Tensor:
