@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import reft_kernels
+from benchmarks.sanitizer_case import compare
 from reft_kernels import available_backends, edit
 from reft_kernels.testing import EditCase, assert_bitwise_equal, gradients, random_edit
 
@@ -28,6 +29,8 @@ CASES = [
     EditCase(dtype="float16", shape=(2, 300), d=96, r=5, layout="slice"),
     EditCase("nodireft", "silu", "float64", "slice", "padded", 2, "rows", shape=(4, 30), slots=9, d=130, r=12),
     EditCase(dtype="float32", shape=(1, 1), d=4096, r=4),
+    EditCase(dtype="float32", shape=(2, 300), d=530, r=64),  # weights that have more bytes than a tile's rows
+    EditCase(dtype="bfloat16", shape=(2, 300), d=532, r=64, groups=2, activation="silu", scale="rows"),
 ]
 
 
@@ -50,6 +53,11 @@ def test_results_do_not_depend_on_the_number_of_threads(case: EditCase, threads:
         assert_bitwise_equal(other.y, found[0].y, name="y")
         for name, gradient in other.grads.items():
             assert_bitwise_equal(gradient, found[0].grads[name], name=f"d{name}")
+
+
+@pytest.mark.parametrize("case", CASES[-2:], ids=str)
+def test_many_rows_share_the_weights_of_high_ranks(case: EditCase) -> None:
+    compare(case, 5, "cpu", "cpu")
 
 
 # `compare` of the sanitizer's cases, as a program of its own: the instruction set is chosen once a process.
@@ -133,12 +141,16 @@ def test_native_says_which_instructions_it_uses() -> None:
 
 
 def test_what_is_added_to_keeps_its_digits() -> None:
-    """Sums are kept in float32 here, the gradient that they are added to is float64."""
-    h, R, b = torch.randn(3, 8), torch.randn(2, 8), torch.randn(2)
-    W = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
-    W.grad = torch.full_like(W, 1 + 2**-40)
-    (0 * edit(h, R, W, b, accumulate=True, backend="cpu")).sum().backward()
-    assert_bitwise_equal(W.grad, torch.full_like(W, 1 + 2**-40))
+    """Sums are kept in float32 here, the gradients that they are added to are float64."""
+    h, R = torch.randn(3, 8), torch.randn(2, 8)
+    W, b, c = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 8), (2,), (2,)))
+    expected = torch.tensor(1 + 2**-40, dtype=torch.float64)
+    for leaf in (W, b, c):
+        leaf.grad = expected.expand_as(leaf).clone()
+    (0 * edit(h, R, W, b, c=c, accumulate=True, backend="cpu")).sum().backward()
+    for leaf in (W, b, c):
+        assert leaf.grad is not None
+        assert_bitwise_equal(leaf.grad, expected.expand_as(leaf))
 
 
 def test_one_row_of_one_number() -> None:

@@ -40,21 +40,21 @@ struct BackwardTile {
   int64_t group;
   int64_t end;   // the active slot after it
   int rows = 0;  // 0: none
-  int64_t slot[kTileRows];
-  int64_t row_number[kTileRows];
-  const void* grad[kTileRows];
-  const void* x[kTileRows];
-  void* dh[kTileRows];
+  int64_t slot[kManyRows];
+  int64_t row_number[kManyRows];
+  const void* grad[kManyRows];
+  const void* x[kManyRows];
+  void* dh[kManyRows];
 };
 
-// The tile that begins at an active slot and ends before `end` and within its group.
+// The tile that begins at an active slot and ends before `end` and within its group, of at most `rows` rows.
 template <typename T>
-void read_tile(const Backward<T>& b, int64_t begin, int64_t end, BackwardTile& tile) {
+void read_tile(const Backward<T>& b, int64_t begin, int64_t end, int64_t rows, BackwardTile& tile) {
   tile.rows = 0;
   if (begin >= end) return;
   const Edit& edit = b.edit;
   tile.group = b.slots.group_of(begin);
-  tile.end = std::min({begin + kTileRows, b.slots.group_end(tile.group), end});
+  tile.end = std::min({begin + rows, b.slots.group_end(tile.group), end});
   tile.rows = static_cast<int>(tile.end - begin);
   for (int n = 0; n < tile.rows; ++n) {
     const int64_t slot = b.slots[begin + n];

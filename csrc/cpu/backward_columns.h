@@ -20,7 +20,8 @@ class BackwardColumns {
         shares_sum_(edit_.linear() && b_.wants_R && edit_.subtract),
         sums_gs_(b_.wants_W || shares_sum_),
         sums_gd_(!edit_.linear() && b_.wants_R && edit_.subtract),
-        strip_(strip_columns<T>(2 * edit_.r + down_ranks_, edit_.d, kStripBytes, 64)),
+        strip_(strip_columns<T>(std::min<int64_t>(kTileRows, b_.slots.active()) + 3 * edit_.r + down_ranks_,
+                                edit_.d, kStripBytes, 64)),
         slab_(strips_in_slab() * strip_) {}
 
   void run(int64_t begin, int64_t end) const {
@@ -33,7 +34,7 @@ class BackwardColumns {
   }
 
  private:
-  static constexpr int64_t kStripBytes = 24 << 10;
+  static constexpr int64_t kStripBytes = 32 << 10;
   static constexpr int64_t kSlabBytes = 384 << 10;
 
   int64_t strips_in_slab() const {
@@ -58,15 +59,9 @@ class BackwardColumns {
       s.take(gs, kTileRows * r);
       s.take(gd, kTileRows * r);
       s.take(back, int64_t{kTileRows} * f.down_ranks_);
-      if (f.edit_.seed != nullptr) {
-        s.take(g, int64_t{kTileRows} * f.strip_);
-        if (g != nullptr) g_rows.point_to(g, f.strip_);
-      }
-      if (f.rebuilds_) {
-        s.take(up_panel, r * slab);
-        s.take(x, int64_t{kTileRows} * f.strip_);
-        if (x != nullptr) x_rows.point_to(x, f.strip_);
-      }
+      if (f.rebuilds_) s.take(up_panel, r * slab);
+      s.take(wide, int64_t{kTileRows} * f.strip_);
+      if (wide != nullptr) wide_rows.point_to(wide, f.strip_);
     }
 
     const BackwardColumns& f;
@@ -77,11 +72,10 @@ class BackwardColumns {
     T* dW;      // sum of gs x^T
     T* update;  // scale * delta of a tile
     T* gs;
-    T* gd;           // negative
-    T* back;         // the factors of the `down` panel in dh
-    T* g = nullptr;  // strips in T, after dropout and before the edit
-    T* x = nullptr;
-    WideRows<T> g_rows, x_rows;
+    T* gd;    // negative
+    T* back;  // the factors of the `down` panel in dh
+    T* wide;  // a strip of g after dropout, then of x
+    WideRows<T> wide_rows;
     Scratch scratch;
   };
 
@@ -93,10 +87,10 @@ class BackwardColumns {
     std::fill(m.dR, m.dR + r * columns, T(0));
     std::fill(m.dW, m.dW + r * columns, T(0));
     BackwardTile tiles[2];
-    read_tile(b_, group_begin, group_end, tiles[0]);
+    read_tile(b_, group_begin, group_end, kTileRows, tiles[0]);
     if (tiles[0].rows > 0) fill_panels(m, group, column, columns);
     for (int current = 0; tiles[current].rows > 0; current = 1 - current) {
-      read_tile(b_, tiles[current].end, group_end, tiles[1 - current]);
+      read_tile(b_, tiles[current].end, group_end, kTileRows, tiles[1 - current]);
       read_factors(m, tiles[current]);
       for (int at = 0; at < columns; at += strip_) {
         strip(m, tiles[current], tiles[1 - current], column, at, columns);
@@ -161,34 +155,31 @@ class BackwardColumns {
     const StripIn next_g{fetches ? fetched.grad : nullptr, next_column};
     const StripIn next_x{fetches ? fetched.x : nullptr, next_column};
 
-    StripIn g{tile.grad, column};
-    const bool drops = edit_.seed != nullptr;
-    if (drops) {
-      kernels.drop_to_wide(g, {m.g_rows.row, 0}, shape, dropout_of(edit_, tile.row_number, column));
-      g = {m.g_rows.row, 0};
-    }
+    // Every strip is made wide in the same memory: rows that are some power of two apart would push one
+    // another out of the first-level cache.
+    const StripIn wide{m.wide_rows.row, 0};
+    const StripOut to_wide{m.wide_rows.row, 0};
     T* const dR = m.dR + int64_t{r} * at;
     T* const dW = m.dW + int64_t{r} * at;
-    if (b_.wants_R && drops) kernels.outer_wide(g, {}, shape, m.update, r, r, dR, columns);
-    if (b_.wants_R && !drops) kernels.outer(g, next_g, shape, m.update, r, r, dR, columns);
-    if (b_.reads_x) {
-      StripIn x{tile.x, column}, next = next_x;
-      auto outer = kernels.outer;
-      if (rebuilds_) {
-        kernels.undo_up_to_wide(x, next, {m.x_rows.row, 0}, shape, {m.up_panel + int64_t{r} * at, columns, r},
-                                m.update);
-        x = {m.x_rows.row, 0};
-        next = {};
-        outer = kernels.outer_wide;
-      }
-      if (sums_gs_) outer(x, next, shape, m.gs, r, r, dW, columns);
-      if (sums_gd_) outer(x, {}, shape, m.gd, r, r, dR, columns);
+    if (edit_.seed != nullptr) {
+      kernels.drop_to_wide({tile.grad, column}, to_wide, shape, dropout_of(edit_, tile.row_number, column));
+    } else {
+      kernels.widen_rows({tile.grad, column}, to_wide, shape);
     }
+    if (b_.wants_R) kernels.outer(wide, next_g, shape, m.update, r, r, dR, columns);
     if (b_.wants_h) {
       const Panel<T> panel{m.down_panel + int64_t{down_ranks_} * at, columns, down_ranks_};
-      if (drops) kernels.up_from_wide(g, {}, {tile.dh, column}, shape, panel, m.back);
-      if (!drops) kernels.up(g, {}, {tile.dh, column}, shape, panel, m.back);
+      kernels.up_from_wide(wide, {}, {tile.dh, column}, shape, panel, m.back);
     }
+    if (!b_.reads_x) return;
+    if (rebuilds_) {
+      const Panel<T> panel{m.up_panel + int64_t{r} * at, columns, r};
+      kernels.undo_up_to_wide({tile.x, column}, {}, to_wide, shape, panel, m.update);
+    } else {
+      kernels.widen_rows({tile.x, column}, to_wide, shape);
+    }
+    if (sums_gs_) kernels.outer(wide, next_x, shape, m.gs, r, r, dW, columns);
+    if (sums_gd_) kernels.outer(wide, {}, shape, m.gd, r, r, dR, columns);
   }
 
   const Backward<T>& b_;

@@ -10,15 +10,21 @@ template <typename T>
 class BackwardRows {
  public:
   explicit BackwardRows(const Backward<T>& backward)
-      : b_(backward), edit_(b_.edit), strip_(strip_columns<T>(edit_.r, edit_.d, kPanelBytes, 256)) {}
+      : b_(backward),
+        edit_(b_.edit),
+        strip_(strip_columns<T>(edit_.r, edit_.d, kPanelBytes, 256)),
+        tile_rows_(edit_.seed == nullptr &&
+                           edit_.r * static_cast<int64_t>(sizeof(T)) >= kTileRows * bytes_of(edit_.h_type)
+                       ? kManyRows
+                       : kTileRows) {}
 
   // Of active slots begin to end.
   void run(int64_t begin, int64_t end) const {
     Memory m(*this);
     BackwardTile tiles[2];
-    read_tile(b_, begin, end, tiles[0]);
+    read_tile(b_, begin, end, tile_rows_, tiles[0]);
     for (int current = 0; tiles[current].rows > 0; current = 1 - current) {
-      read_tile(b_, tiles[current].end, end, tiles[1 - current]);
+      read_tile(b_, tiles[current].end, end, tile_rows_, tiles[1 - current]);
       multiply(m, tiles[current], tiles[1 - current]);
       finish(m, tiles[current]);
     }
@@ -31,7 +37,7 @@ class BackwardRows {
     explicit Memory(const BackwardRows& rows) : f(rows), scratch(*this) {}
     void place(Scratch& s) {
       s.take(panel, int64_t{f.edit_.r} * f.strip_);
-      s.take(sums, int64_t{kTileRows} * f.edit_.r);
+      s.take(sums, f.tile_rows_ * f.edit_.r);
       if (f.edit_.seed != nullptr) {
         s.take(wide, int64_t{kTileRows} * f.strip_);
         if (wide != nullptr) wide_rows.point_to(wide, f.strip_);
@@ -82,7 +88,8 @@ class BackwardRows {
 
   const Backward<T>& b_;
   const Edit& edit_;
-  int strip_;  // columns
+  int strip_;          // columns
+  int64_t tile_rows_;  // many where a panel has no fewer bytes than their strip has else
 };
 
 }  // namespace reft_kernels::cpu

@@ -25,11 +25,15 @@ class Forward {
         panels_(edit_, kernels_),
         down_ranks_(panels_.down_ranks()),
         strip_(strip_columns<T>(std::max(down_ranks_, edit_.r), edit_.d, kPanelBytes, 256)),
-        ahead_((edit_.d + 2 * strip_ - 1) / (2 * strip_) * strip_),
         keeps_panels_((down_ranks_ + edit_.r) * edit_.d * static_cast<int64_t>(sizeof(T)) <=
                           kKeptPanelBytes &&
                       slots.active() > kTileRows),
-        tile_rows_(tile_rows(edit_.d * bytes_of(edit_.h_type), keeps_panels_ ? kTileBytes : 2 * kTileBytes)) {
+        tile_rows_(tile_rows(edit_.d * bytes_of(edit_.h_type), keeps_panels_ ? kTileBytes : 2 * kTileBytes)),
+        stays_(keeps_panels_ || edit_.seed != nullptr ||
+               (down_ranks_ + edit_.r) * static_cast<int64_t>(sizeof(T)) <
+                   2 * tile_rows_ * bytes_of(edit_.h_type)) {
+    if (!stays_) tile_rows_ = kManyRows;
+    ahead_ = stays_ ? (edit_.d + 2 * strip_ - 1) / (2 * strip_) * strip_ : strip_;
   }
 
   void run(int64_t begin, int64_t end) const {
@@ -54,10 +58,10 @@ class Forward {
     int64_t group;
     int64_t end;  // the active slot after it
     int rows;
-    int64_t slot[kTileRows];
-    int64_t row_number[kTileRows];
-    const void* h[kTileRows];
-    void* y[kTileRows];
+    int64_t slot[kManyRows];
+    int64_t row_number[kManyRows];
+    const void* h[kManyRows];
+    void* y[kManyRows];
   };
 
   struct Memory {
@@ -126,7 +130,8 @@ class Forward {
   }
 
   // While one tile is edited the next is fetched, evenly: its first `ahead_` columns while rows are written,
-  // the others when it has become the tile and its columns before them are multiplied.
+  // the others when it has become the tile and its columns before them are multiplied. Of a tile that does
+  // not stay in the cache it is always the next strip.
   void edit_tile(Memory& m, const Tile& tile, const Tile& next) const {
     if (down_ranks_ > 0) {
       std::fill(m.sums, m.sums + int64_t{tile.rows} * down_ranks_, T(0));
@@ -146,8 +151,9 @@ class Forward {
           panel_of(m.up_panel, edit_.r, column, shape, m.up_filled,
                    [&](Shape filled, T* to) { return panels_.up(tile.group, column, filled, to); });
       if (p_.rows != nullptr) save_rows(tile, column, shape.columns);
-      write_strip(m, tile, {next.rows >= tile.rows && column < ahead_ ? next.h : nullptr, column}, shape,
-                  column, panel);
+      StripIn later{next.rows >= tile.rows && column < ahead_ ? next.h : nullptr, column};
+      if (!stays_) later = {column + strip_ < edit_.d ? tile.h : nullptr, column + strip_};
+      write_strip(m, tile, later, shape, column, panel);
     }
   }
 
@@ -198,10 +204,11 @@ class Forward {
   const Kernels<T>& kernels_;
   Panels<T> panels_;
   int down_ranks_;
-  int strip_;      // columns
-  int64_t ahead_;  // columns
+  int strip_;  // columns
   bool keeps_panels_;
   int64_t tile_rows_;
+  bool stays_;     // a tile stays in the second-level cache; else its weights, fetched anew, would cost more
+  int64_t ahead_;  // columns
 };
 
 template <typename T>

@@ -56,6 +56,9 @@ struct Kernels {
   // to = from - minus, or to += from - minus with one rounding; minus may be null.
   void (*narrow)(const T* from, const T* minus, int64_t count, bool add, void* to, DType type);
 
+  // to = from, wide
+  void (*widen_rows)(StripIn from, StripOut to, Shape shape);
+
   // sums[n, k] += x[n] . panel[k]; sums are [rows, ranks]. The strip `next`, of the same shape, is fetched
   // into the cache meanwhile; without rows nothing is.
   using Down = void (*)(StripIn x, StripIn next, Shape shape, Panel<T> panel, T* sums);
@@ -66,11 +69,10 @@ struct Kernels {
   Up up, up_from_wide, up_to_wide;
   Up undo_up_to_wide;  // in[n] - sum_k u[n, k] panel[k], rounded to the type of h, then wide
 
-  // sums[k] += sum_n u[n, k] x[n], and `next` as above; u has the row stride `u_stride`, sums [ranks,
-  // columns] the stride `sums_stride`
-  using Outer = void (*)(StripIn x, StripIn next, Shape shape, const T* u, int64_t u_stride, int ranks,
-                         T* sums, int64_t sums_stride);
-  Outer outer, outer_wide;
+  // sums[k] += sum_n u[n, k] x[n], x wide, and `next` as above, of the type of h; u has the row stride
+  // `u_stride`, sums [ranks, columns] the stride `sums_stride`
+  void (*outer)(StripIn x, StripIn next, Shape shape, const T* u, int64_t u_stride, int ranks, T* sums,
+                int64_t sums_stride);
 
   // out = D_p(in)
   using Drop = void (*)(StripIn in, StripOut out, Shape shape, const Dropout& dropout);

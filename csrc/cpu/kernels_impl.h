@@ -145,18 +145,30 @@ static void narrow(const T* from, const T* minus, int64_t count, bool add, void*
   });
 }
 
+template <typename T, typename S>
+static void widen_rows(StripIn from, StripOut to, Shape shape) {
+  for (int n = 0; n < shape.rows; ++n) {
+    widen_from(at<S>(from, n), static_cast<const S*>(nullptr), shape.columns, at<T>(to, n));
+  }
+}
+
 // --- down: dot products of rows with the panel's ranks
 
 template <typename T, typename S, int kRows, int kRanks, int kFetch>
 REFT_INLINE void down_block(const S* const (&x)[kRows], const S* const* next, int columns, const T* panel,
                             int64_t stride, T* sums, int64_t sums_stride) {
   constexpr int kStep = kLanes<T>, kSums = kRows * kRanks;
-  Vector<T> sum[kSums] = {};
+  Vector<T> sum[kSums];
+  REFT_UNROLL
+  for (int i = 0; i < kSums; ++i) sum[i] = Vector<T>{};
   const auto add = [&](const auto& load_x, const auto& load_panel) __attribute__((always_inline)) {
     Vector<T> a[kRanks];
+    REFT_UNROLL
     for (int k = 0; k < kRanks; ++k) a[k] = load_panel(panel + k * stride);
+    REFT_UNROLL
     for (int n = 0; n < kRows; ++n) {
       const Vector<T> v = load_x(x[n]);
+      REFT_UNROLL
       for (int k = 0; k < kRanks; ++k) sum[n * kRanks + k] += v * a[k];
     }
   };
@@ -164,6 +176,7 @@ REFT_INLINE void down_block(const S* const (&x)[kRows], const S* const* next, in
   for (; j + kStep <= columns; j += kStep) {
     const auto whole = [j](const auto* from) __attribute__((always_inline)) { return load<T>(from + j); };
     add(whole, whole);
+    REFT_UNROLL
     for (int n = 0; n < kFetch; ++n) fetch(next[n] + j);
   }
   if (j < columns) {
@@ -177,7 +190,8 @@ REFT_INLINE void down_block(const S* const (&x)[kRows], const S* const* next, in
     Vector<T> part[kAtOnce];
     REFT_UNROLL
     for (int i = 0; i < kAtOnce; ++i) part[i] = sum[first + i];
-    const Vector<T> total = sum_lanes<T, kAtOnce>(part);
+    T total[kStep];
+    store<T>(total, sum_lanes<T, kAtOnce>(part));
     for (int i = 0; i < kAtOnce; ++i) {
       const int n = (first + i) / kRanks, k = (first + i) % kRanks;
       sums[n * sums_stride + k] += total[i];
@@ -300,19 +314,19 @@ static void up(StripIn from, StripIn next_strip, StripOut to, Shape shape, Panel
 
 // --- outer: sums over rows
 
-template <typename T, typename S, int kRanks, int kCount, int kFetch>
+template <typename T, typename H, int kRanks, int kCount, int kFetch>
 REFT_INLINE void outer_block(StripIn strip, StripIn next, int rows, int64_t j, int left, const T* u,
                              int64_t u_stride, T* sums, int64_t sums_stride) {
   constexpr int kStep = kLanes<T>, kVectors = kCount > 0 ? kCount : 1;
   Vector<T> sum[kRanks][kVectors] = {};
   for (int n = 0; n < rows; ++n) {
-    const S* x = at<S>(strip, n) + j;
+    const T* x = at<T>(strip, n) + j;
     Vector<T> value[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       value[v] = kCount > 0 ? load<T>(x + v * kStep) : load_some<T>(x + v * kStep, left);
     }
     for (int v = 0; v < kFetch; ++v) {
-      if (starts_line<S>(v * kStep)) fetch(at<S>(next, n) + j + v * kStep);
+      if (starts_line<H>(v * kStep)) fetch(at<H>(next, n) + j + v * kStep);
     }
     for (int k = 0; k < kRanks; ++k) {
       const Vector<T> factor = broadcast<Vector<T>>(u[n * u_stride + k]);
@@ -333,7 +347,7 @@ REFT_INLINE void outer_block(StripIn strip, StripIn next, int rows, int64_t j, i
   }
 }
 
-template <typename T, typename S>
+template <typename T, typename H>
 static void outer(StripIn strip, StripIn next, Shape shape, const T* u, int64_t u_stride, int ranks, T* sums,
                   int64_t sums_stride) {
   constexpr int kStep = kLanes<T>;
@@ -343,7 +357,7 @@ static void outer(StripIn strip, StripIn next, Shape shape, const T* u, int64_t 
     int j = 0;
     for (; j + kBlockVectors * kStep <= shape.columns; j += kBlockVectors * kStep) {
       const auto whole = [&](auto fetched, int first) __attribute__((always_inline)) {
-        outer_block<T, S, kRanks, kBlockVectors, decltype(fetched)::value>(
+        outer_block<T, H, kRanks, kBlockVectors, decltype(fetched)::value>(
             strip, {next.row, next.column + first * kStep}, shape.rows, j, 0, u + k, u_stride, to,
             sums_stride);
       };
@@ -359,10 +373,10 @@ static void outer(StripIn strip, StripIn next, Shape shape, const T* u, int64_t 
       }
     }
     for (; j + kStep <= shape.columns; j += kStep) {
-      outer_block<T, S, kRanks, 1, 0>(strip, next, shape.rows, j, 0, u + k, u_stride, to, sums_stride);
+      outer_block<T, H, kRanks, 1, 0>(strip, next, shape.rows, j, 0, u + k, u_stride, to, sums_stride);
     }
     if (j < shape.columns) {
-      outer_block<T, S, kRanks, 0, 0>(strip, next, shape.rows, j, shape.columns - j, u + k, u_stride, to,
+      outer_block<T, H, kRanks, 0, 0>(strip, next, shape.rows, j, shape.columns - j, u + k, u_stride, to,
                                       sums_stride);
     }
   });
@@ -435,9 +449,9 @@ static void drop(StripIn from, StripOut to, Shape shape, const Dropout& dropout)
 
 template <typename T, typename H>
 constexpr Kernels<T> kTable = {
-    &widen<T>,          &widen_difference<T>, &narrow<T>,         &down<T, H>,        &down<T, T>,
-    &up<T, H, H, Plus>, &up<T, T, H, Plus>,   &up<T, H, T, Plus>, &up<T, H, T, Undo>, &outer<T, H>,
-    &outer<T, T>,       &drop<T, H, T>,       &drop<T, T, H>,
+    &widen<T>,    &widen_difference<T>, &narrow<T>,         &widen_rows<T, H>,  &down<T, H>,
+    &down<T, T>,  &up<T, H, H, Plus>,   &up<T, T, H, Plus>, &up<T, H, T, Plus>, &up<T, H, T, Undo>,
+    &outer<T, H>, &drop<T, H, T>,       &drop<T, T, H>,
 };
 
 template <>

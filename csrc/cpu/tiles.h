@@ -10,7 +10,8 @@
 
 namespace reft_kernels::cpu {
 
-constexpr int kTileRows = 32;       // rows that share a panel, at most
+constexpr int kTileRows = 32;       // rows whose strips share a first-level cache, at most
+constexpr int kManyRows = 256;      // rows that share a panel, at most
 constexpr int64_t kRowsAtOnce = 4;  // rows that a thread takes at least, where there are as many
 constexpr int kColumnsAtOnce = 32;  // columns that a thread takes at least: whole cache lines
 

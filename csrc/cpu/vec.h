@@ -163,8 +163,9 @@ template <int kCount>
 REFT_INLINE void store_floats(BFloat16* to, Pack<float, kCount> v) {
   using U = Pack<uint32_t, kCount>;
   const U bits = bit_cast<U>(v);
-  const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  store_low_halves<kCount>(to, (v != v ? bits | 0x400000u : rounded) >> 16);
+  const U rounding = ((bits >> 16) & 1u) + 0x7fffu;
+  store_low_halves<kCount>(to,
+                           (v == v ? bits + rounding : bits) >> 16);  // what arithmetic gives is a quiet NaN
 }
 
 template <int kCount>

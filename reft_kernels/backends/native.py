@@ -160,8 +160,9 @@ class NativeOps:
 
 def _operands(p: EditProblem) -> tuple[object, ...]:
     """The operands from R on as the ops take them."""
+    R, W, b, c = weights(p)
     keep = (keep_threshold(p.dropout), 1 / (1 - p.dropout))
-    return *weights(p), *p[5:9], p.subtract, ACTIVATIONS.index(p.activation), *keep
+    return R, W, b, c, *p[5:9], p.subtract, ACTIVATIONS.index(p.activation), *keep
 
 
 OPS = NativeOps("reft_kernels")
