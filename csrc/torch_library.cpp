@@ -1,5 +1,5 @@
 // The native ops for torch, by its stable ABI: one binary for every supported torch, with or without CUDA,
-// and for every Python. Their schemas are in reft_kernels/backends/native.py.
+// and for every Python. Their schemas are in reft_kernels/backends/native.py and native_orthonormal.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +7,7 @@
 #include <string>
 
 #include "edit_operands.h"
+#include "orthonormal_operands.h"
 #include "reft_kernels/launch.h"
 
 #if REFT_KERNELS_WITH_CUDA
@@ -25,6 +26,19 @@ void in_torchs_pool(int64_t count, const std::function<void(int64_t, int64_t)>& 
 struct OnCpu {
   static void launch(const EditForwardParams& params, int) { cpu::edit_forward(params, in_torchs_pool); }
   static void launch(const EditBackwardParams& params, int) { cpu::edit_backward(params, in_torchs_pool); }
+};
+
+// The op on the CPU of a function of params and of one that makes operands, which hold params, of lists of
+// tensors.
+template <auto function, auto make_operands, typename Function = decltype(make_operands)>
+struct OpOfLists;
+
+template <auto function, auto make_operands, typename Operands, typename... Arguments>
+struct OpOfLists<function, make_operands, Operands (*)(Arguments...)> {
+  static void run(Arguments... arguments) {
+    const Operands operands = make_operands(arguments...);
+    function(operands.params, static_cast<int>(torch::stable::get_num_threads()), in_torchs_pool);
+  }
 };
 
 #if REFT_KERNELS_WITH_CUDA
@@ -88,6 +102,13 @@ STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, library) {
   using namespace reft_kernels;
   library.impl("native_edit_forward", TORCH_BOX((&Op<OnCpu, &forward_params>::run)));
   library.impl("native_edit_backward", TORCH_BOX((&Op<OnCpu, &backward_params>::run)));
+  library.impl("native_orthonormalize_forward",
+               TORCH_BOX((&OpOfLists<&cpu::orthonormalize_forward, &orthonormalize_forward_operands>::run)));
+  library.impl(
+      "native_orthonormalize_backward",
+      TORCH_BOX((&OpOfLists<&cpu::orthonormalize_backward, &orthonormalize_backward_operands>::run)));
+  library.impl("native_stiefel_adamw_step",
+               TORCH_BOX((&OpOfLists<&cpu::stiefel_adamw_step, &stiefel_adamw_operands>::run)));
 }
 
 #if REFT_KERNELS_WITH_CUDA

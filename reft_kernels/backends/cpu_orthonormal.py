@@ -1,0 +1,25 @@
+"""Matrices with orthonormal rows on CPUs by compiled, vectorised kernels in torch's own thread pool."""
+
+from __future__ import annotations
+
+from reft_kernels.backends import native
+from reft_kernels.backends.native_orthonormal import OPS
+from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem, device_and_dtype
+
+name = "cpu"
+
+
+def unavailable() -> str | None:
+    """Why the CPU kernels cannot run on this machine; None if they can."""
+    return native.load()
+
+
+def unsupported_matrices(problem: OrthonormalProblem | StiefelProblem) -> str | None:
+    """Why these matrices are not for these kernels; None if they are."""
+    device, _ = device_and_dtype(problem)
+    return None if device.type == "cpu" else f"needs matrices on the CPU, got {device}"
+
+
+orthonormalize_forward = OPS.orthonormalize_forward
+orthonormalize_backward = OPS.orthonormalize_backward
+stiefel_adamw_step = OPS.stiefel_adamw_step
