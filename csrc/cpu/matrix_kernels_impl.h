@@ -29,6 +29,7 @@ REFT_INLINE Pack<T, kCount * kRows> load_rows(const T* from, int64_t stride) {
 
 template <typename T, int kCount, int kRows>
 REFT_INLINE void store_rows(T* to, int64_t stride, Vector<T> v) {
+  if (kRows == 1 || stride == kCount) return store<T>(to, v);
   T elements[kLanes<T>];
   std::memcpy(elements, &v, sizeof v);
   REFT_UNROLL
@@ -81,74 +82,75 @@ REFT_INLINE void join_ranks(Vector<T> (&v)[kCount]) {
   }
 }
 
-// kCount ranks of all columns.
+// kCount ranks of kLanes columns.
 template <typename T, int kCount>
-REFT_INLINE void ranks_to_rows_piece(const T* from, int columns, int ranks, T* to, int64_t stride) {
-  constexpr int kStep = kLanes<T>, kRows = kStep / kCount;
-  int j = 0;
-  for (; j + kStep <= columns; j += kStep) {
-    Vector<T> v[kCount];
-    REFT_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      v[i] = load_rows<T, kCount, kRows>(from + (j + i * kRows) * int64_t{ranks}, ranks);
-    }
-    split_ranks<T, kCount>(v);
-    REFT_UNROLL
-    for (int k = 0; k < kCount; ++k) store<T>(to + k * stride + j, v[k]);
+REFT_INLINE void ranks_to_rows_block(const T* from, int ranks, T* to, int64_t stride) {
+  constexpr int kRows = kLanes<T> / kCount;
+  Vector<T> v[kCount];
+  REFT_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    const T* at = from + i * kRows * int64_t{ranks};
+    v[i] = ranks == kCount ? load<T>(at) : load_rows<T, kCount, kRows>(at, ranks);
   }
-  for (; j < columns; ++j) {
-    for (int k = 0; k < kCount; ++k) to[k * stride + j] = from[j * int64_t{ranks} + k];
-  }
+  split_ranks<T, kCount>(v);
+  REFT_UNROLL
+  for (int k = 0; k < kCount; ++k) store<T>(to + k * stride, v[k]);
 }
 
 template <typename T, int kCount>
-REFT_INLINE void rows_to_ranks_piece(const T* from, int64_t stride, int columns, int ranks, T* to) {
-  constexpr int kStep = kLanes<T>, kRows = kStep / kCount;
-  int j = 0;
-  for (; j + kStep <= columns; j += kStep) {
-    Vector<T> v[kCount];
-    REFT_UNROLL
-    for (int k = 0; k < kCount; ++k) v[k] = load<T>(from + k * stride + j);
-    join_ranks<T, kCount>(v);
-    REFT_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      T* at = to + (j + i * kRows) * int64_t{ranks};
-      if (ranks == kCount) {
-        store<T>(at, v[i]);
-      } else {
-        store_rows<T, kCount, kRows>(at, ranks, v[i]);
-      }
-    }
-  }
-  for (; j < columns; ++j) {
-    for (int k = 0; k < kCount; ++k) to[j * int64_t{ranks} + k] = from[k * stride + j];
+REFT_INLINE void rows_to_ranks_block(const T* from, int64_t stride, int ranks, T* to) {
+  constexpr int kRows = kLanes<T> / kCount;
+  Vector<T> v[kCount];
+  REFT_UNROLL
+  for (int k = 0; k < kCount; ++k) v[k] = load<T>(from + k * stride);
+  join_ranks<T, kCount>(v);
+  REFT_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    store_rows<T, kCount, kRows>(to + i * kRows * int64_t{ranks}, ranks, v[i]);
   }
 }
 
-// Calls `piece` with the size, as a type, and the first rank of pieces of kLargest, then of halves of it.
+// Calls `block` with the size, as a type, and the first rank of blocks of kLargest ranks, then of halves of it.
 template <int kSize>
-struct PieceSize {
+struct BlockSize {
   static constexpr int value = kSize;
 };
 
-template <int kLargest, typename Piece>
-REFT_INLINE void in_pieces(int begin, int ranks, const Piece& piece) {
-  for (; begin + kLargest <= ranks; begin += kLargest) piece(PieceSize<kLargest>(), begin);
-  if constexpr (kLargest > 1) in_pieces<kLargest / 2>(begin, ranks, piece);
+template <int kLargest, typename Block>
+REFT_INLINE void in_halving_blocks(int begin, int ranks, const Block& block) {
+  for (; begin + kLargest <= ranks; begin += kLargest) block(BlockSize<kLargest>(), begin);
+  if constexpr (kLargest > 1) in_halving_blocks<kLargest / 2>(begin, ranks, block);
 }
 
+// Column by column outside, so that memory is gone through once and in order.
 template <typename T>
 static void ranks_to_rows(const T* from, int columns, int ranks, T* to, int64_t stride) {
-  in_pieces<kLanes<T>>(0, ranks, [&](auto size, int k) __attribute__((always_inline)) {
-    ranks_to_rows_piece<T, decltype(size)::value>(from + k, columns, ranks, to + k * stride, stride);
-  });
+  constexpr int kStep = kLanes<T>;
+  int j = 0;
+  for (; j + kStep <= columns; j += kStep) {
+    in_halving_blocks<kStep>(0, ranks, [&](auto size, int k) __attribute__((always_inline)) {
+      ranks_to_rows_block<T, decltype(size)::value>(from + j * int64_t{ranks} + k, ranks, to + k * stride + j,
+                                                    stride);
+    });
+  }
+  for (; j < columns; ++j) {
+    for (int k = 0; k < ranks; ++k) to[k * stride + j] = from[j * int64_t{ranks} + k];
+  }
 }
 
 template <typename T>
 static void rows_to_ranks(const T* from, int64_t stride, int columns, int ranks, T* to) {
-  in_pieces<kLanes<T>>(0, ranks, [&](auto size, int k) __attribute__((always_inline)) {
-    rows_to_ranks_piece<T, decltype(size)::value>(from + k * stride, stride, columns, ranks, to + k);
-  });
+  constexpr int kStep = kLanes<T>;
+  int j = 0;
+  for (; j + kStep <= columns; j += kStep) {
+    in_halving_blocks<kStep>(0, ranks, [&](auto size, int k) __attribute__((always_inline)) {
+      rows_to_ranks_block<T, decltype(size)::value>(from + k * stride + j, stride, ranks,
+                                                    to + j * int64_t{ranks} + k);
+    });
+  }
+  for (; j < columns; ++j) {
+    for (int k = 0; k < ranks; ++k) to[j * int64_t{ranks} + k] = from[k * stride + j];
+  }
 }
 
 // --- element by element

@@ -20,10 +20,17 @@ inline int64_t chunks_of(int64_t d) {
 // over them keep their digits, and such that they stay in the cache.
 template <typename E>
 int64_t strip_of(int64_t rows) {
-  constexpr int64_t kStripBytes = 128 << 10;
+  constexpr int64_t kStripBytes = 192 << 10;
   int64_t columns = 256;
   while (columns > 64 && columns * rows * static_cast<int64_t>(sizeof(E)) > kStripBytes) columns /= 2;
   return columns;
+}
+
+// From a row of a strip to the next, in scratch memory: a cache line more, so that the rows' beginnings do not compete
+// for the same places of the cache.
+template <typename E>
+int64_t padded_stride(int64_t columns) {
+  return columns + 64 / static_cast<int64_t>(sizeof(E));
 }
 
 template <typename Strip>

@@ -33,7 +33,9 @@ class Parametrisation {
     for_strips_of_chunk(a.d, strip_of<T>(3 * a.r), chunk, strip);
   }
 
-  static int64_t panel_columns(const OrthonormalizeMatrix& a) { return strip_of<T>(3 * a.r); }
+  static int64_t panel_stride(const OrthonormalizeMatrix& a) {
+    return padded_stride<T>(strip_of<T>(3 * a.r));
+  }
 
   // Rows k < r are S V, rows r + k are B, `stride` elements from row to row.
   void read_U(const OrthonormalizeMatrix& a, int64_t column, int columns, T* to, int64_t stride) const {
@@ -105,7 +107,7 @@ class Forward : public Parametrisation<T> {
  private:
   struct Memory {
     explicit Memory(const OrthonormalizeMatrix& matrix)
-        : stride(Base::panel_columns(matrix)), a(matrix), scratch(*this) {
+        : stride(Base::panel_stride(matrix)), a(matrix), scratch(*this) {
       for (int k = 0; k < a.r; ++k) R[k] = static_cast<T*>(a.out) + k * a.d;
     }
     void place(Scratch& s) {
@@ -197,7 +199,7 @@ class Backward : public Parametrisation<T> {
  private:
   struct Memory {
     explicit Memory(const OrthonormalizeMatrix& matrix)
-        : stride(Base::panel_columns(matrix)), a(matrix), scratch(*this) {
+        : stride(Base::panel_stride(matrix)), a(matrix), scratch(*this) {
       for (int k = 0; k < a.r; ++k) {
         grad[k] = static_cast<const T*>(a.grad) + k * a.d;
         zero_rows[k] = zeros;

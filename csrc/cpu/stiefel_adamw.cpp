@@ -134,7 +134,7 @@ class Step {
     if (stays(state) || (phase >= kGramAgain && !state.again)) return;
     const double* u = reinterpret_cast<const double*>(state_bytes + sizeof(State));
     const Memory memory(a);
-    for_strips_of_chunk(a.d, memory.stride, chunk, [&](int64_t column, int columns) {
+    for_strips_of_chunk(a.d, memory.strip, chunk, [&](int64_t column, int columns) {
       switch (phase) {
         case kTangent:
           return add_normal_part(a, f, memory, column, columns, sums);
@@ -202,7 +202,7 @@ class Step {
 
   struct Memory {
     explicit Memory(const StiefelAdamWTensor& tensor)
-        : stride(strip_of<double>(2 * tensor.r)), a(tensor), scratch(*this) {
+        : strip(strip_of<double>(tensor.r)), stride(padded_stride<double>(strip)), a(tensor), scratch(*this) {
       for (int64_t k = 0; k < a.r; ++k) {
         P[k] = static_cast<T*>(a.parameter) + k * a.d;
         G[k] = gradient + k * stride;
@@ -217,7 +217,7 @@ class Step {
       s.take(G, a.r);
     }
 
-    int64_t stride;
+    int64_t strip, stride;
     const StiefelAdamWTensor& a;
     double *panel, *products;
     T* gradient;
