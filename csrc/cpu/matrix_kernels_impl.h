@@ -110,7 +110,8 @@ REFT_INLINE void rows_to_ranks_block(const T* from, int64_t stride, int ranks, T
   }
 }
 
-// Calls `block` with the size, as a type, and the first rank of blocks of kLargest ranks, then of halves of it.
+// Calls `block` with the size, as a type, and the first rank of blocks of kLargest ranks, then of halves of
+// it.
 template <int kSize>
 struct BlockSize {
   static constexpr int value = kSize;
@@ -261,7 +262,7 @@ static void adamw(T* p, const T* gradient, T* m, T* v, int64_t count, const Adam
 // --- the mathematics between the passes
 
 struct Alone {
-  static constexpr int kColumns = 8;
+  using Row = Vector<double>;
   int rank() const { return 0; }
   int size() const { return 1; }
   void sync() const {}

@@ -74,6 +74,7 @@ class Step {
  public:
   Step(const StiefelAdamWParams& params, const Settings& settings)
       : params_(params),
+        narrow_(kernels_of<T>(params.type)),
         wide_(kernels_of<double>(params.type)),
         kernels_(matrix_kernels_of<T>()),
         factors_(static_cast<size_t>(params.count)) {
@@ -142,11 +143,11 @@ class Step {
           move_strip(a, f, memory, column, columns, u);
           [[fallthrough]];
         case kGramAgain:
-          widen_rows(memory.P, memory, column, columns);
+          widen_rows(memory, column, columns);
           return add_gram(wide_, {memory.panel, memory.stride, a.r}, memory.rows, columns, memory.products,
                           sums);
         default:
-          widen_rows(memory.P, memory, column, columns);
+          widen_rows(memory, column, columns);
           return wide_.up({memory.P, column}, {nullptr, 0}, {memory.P, column}, {a.r, columns},
                           {memory.panel, memory.stride, a.r}, u);
       }
@@ -165,8 +166,11 @@ class Step {
     if (stays(state)) return;
     const int64_t r = a.r;
     if (phase == kTangent) {
+      T* minus_normal = reinterpret_cast<T*>(u);
       for (int64_t i = 0; i < r; ++i) {
-        for (int64_t j = 0; j < r; ++j) u[i * r + j] = -(sums[i * r + j] + sums[j * r + i]) / 2;
+        for (int64_t j = 0; j < r; ++j) {
+          minus_normal[i * r + j] = static_cast<T>(-(sums[i * r + j] + sums[j * r + i]) / 2);
+        }
       }
     } else if (phase == kMove || (phase == kGramAgain && state.again)) {
       for (int64_t i = 0; i < r; ++i) {
@@ -211,6 +215,8 @@ class Step {
     void place(Scratch& s) {
       s.take(panel, a.r * stride);
       s.take(gradient, a.r * stride);
+      s.take(copy, a.r * stride);
+      s.take(normal, int64_t{a.r} * a.r);
       s.take(products, std::max<int64_t>(kGramRows, a.r) * a.r);
       s.take(rows, kGramRows);
       s.take(P, a.r);
@@ -220,7 +226,7 @@ class Step {
     int64_t strip, stride;
     const StiefelAdamWTensor& a;
     double *panel, *products;
-    T* gradient;
+    T *gradient, *copy, *normal;
     const void** rows;
     void **P, **G;
     Scratch scratch;
@@ -236,9 +242,9 @@ class Step {
   }
 
   // A strip's rows in the panel.
-  void widen_rows(void* const* rows, const Memory& memory, int64_t column, int columns) const {
+  void widen_rows(const Memory& memory, int64_t column, int columns) const {
     for (int k = 0; k < memory.a.r; ++k) {
-      wide_.widen(static_cast<const T*>(rows[k]) + column, params_.type, columns,
+      wide_.widen(static_cast<const T*>(memory.P[k]) + column, params_.type, columns,
                   memory.panel + k * memory.stride);
     }
   }
@@ -251,12 +257,21 @@ class Step {
     }
   }
 
-  // sums += P G^T
+  void copy_rows(const StiefelAdamWTensor& a, const Memory& memory, int64_t column, int columns) const {
+    for (int64_t k = 0; k < a.r; ++k) {
+      std::copy_n(static_cast<const T*>(memory.P[k]) + column, columns, memory.copy + k * memory.stride);
+    }
+  }
+
+  // sums += G P^T
   void add_normal_part(const StiefelAdamWTensor& a, const AdamWFactors<T>& f, const Memory& memory,
                        int64_t column, int columns, double* sums) const {
     scale_gradient(a, f, memory, column, columns);
-    widen_rows(memory.G, memory, 0, columns);
-    wide_.down({memory.P, column}, {nullptr, 0}, {a.r, columns}, {memory.panel, memory.stride, a.r}, sums);
+    copy_rows(a, memory, column, columns);
+    std::fill_n(memory.normal, int64_t{a.r} * a.r, T(0));
+    narrow_.down({memory.G, 0}, {nullptr, 0}, {a.r, columns}, {memory.copy, memory.stride, a.r},
+                 memory.normal);
+    add_to(memory.normal, int64_t{a.r} * a.r, sums);
   }
 
   // The step of a strip's rows, without their retraction.
@@ -265,9 +280,9 @@ class Step {
     AdamWFactors<T> factors = f;
     if (params_.riemannian) {
       scale_gradient(a, f, memory, column, columns);
-      widen_rows(memory.P, memory, column, columns);
-      wide_.up({memory.G, 0}, {nullptr, 0}, {memory.G, 0}, {a.r, columns}, {memory.panel, memory.stride, a.r},
-               u);
+      copy_rows(a, memory, column, columns);
+      narrow_.up({memory.G, 0}, {nullptr, 0}, {memory.G, 0}, {a.r, columns},
+                 {memory.copy, memory.stride, a.r}, reinterpret_cast<const T*>(u));
       factors.first_factor = factors.second_factor = T(1);
     }
     for (int64_t k = 0; k < a.r; ++k) {
@@ -280,6 +295,7 @@ class Step {
   }
 
   const StiefelAdamWParams& params_;
+  const Kernels<T>& narrow_;
   const Kernels<double>& wide_;
   const MatrixKernels<T>& kernels_;
   std::vector<AdamWFactors<T>> factors_;

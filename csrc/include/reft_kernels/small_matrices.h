@@ -2,14 +2,15 @@
 // passes over d. One text for a thread that is alone and for threads that share the work.
 //
 // A Team is handed to every function: `rank` and `size` of its threads, `sync` between what one writes and
-// another reads, and kColumns, the elements of a row that one thread computes at once (a vector's on a CPU, 1
-// where threads are many). All of a team's threads call, with the same arguments; each function ends with a
-// `sync`, and begins with none. Results do not depend on the size, nor on kColumns.
+// another reads, and Row, the elements of a row that one thread computes at once: a vector of doubles on a
+// CPU, double itself where threads are many. All of a team's threads call, with the same arguments; each
+// function ends with a `sync`, and begins with none. Results do not depend on the size, nor on Row.
 //
 // Formulas: reft_kernels/orthonormal_problem.py and reft_kernels/backends/eager_orthonormal.py.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "reft_kernels/types.h"
 
@@ -45,50 +46,88 @@ REFT_TEAM_INLINE LeftFactor transposed_upper(const double* a, int r) {
   return {a, 1, r, Part::kLower};
 }
 
-// Calls put(i, j, sum_k a(i, k) b[k, j]) for columns j of row i from `j` on. b is [r, r].
-template <int kCount, typename Put>
-REFT_TEAM_INLINE void multiply_piece(int r, const LeftFactor& a, const double* b, int i, int j,
-                                     const Put& put) {
-  double sum[kCount] = {};
-  const int begin = a.part == Part::kUpper ? i : 0, end = a.part == Part::kLower ? i + 1 : r;
-  for (int k = begin; k < end; ++k) {
-    const double factor = a.at[i * a.row + k * a.step];
-    for (int c = 0; c < kCount; ++c) sum[c] += factor * b[int64_t{k} * r + j + c];
-  }
-  for (int c = 0; c < kCount; ++c) put(i, j + c, sum[c]);
+template <typename Row>
+constexpr int kColumnsOf = static_cast<int>(sizeof(Row) / sizeof(double));
+
+REFT_TEAM_INLINE double element(double row, int) {
+  return row;
+}
+template <typename Row>
+REFT_TEAM_INLINE double element(const Row& row, int column) {
+  return row[column];
 }
 
-// Calls put(i, j, (a b)_ij) for every element.
+template <typename Row>
+REFT_TEAM_INLINE Row load_row(const double* from) {
+  Row row;
+  memcpy(&row, from, sizeof row);
+  return row;
+}
+
+// The columns of a matrix, cut into pieces of kCount Rows, of one Row and of one double.
+template <typename Row_, int kCount_>
+struct Piece {
+  using Row = Row_;
+  static constexpr int kCount = kCount_;
+  static constexpr int kColumns = kCount * kColumnsOf<Row>;
+};
+
+template <typename Row, int kCount>
+REFT_TEAM_INLINE int pieces_of(int r) {
+  constexpr int kColumns = Piece<Row, kCount>::kColumns;
+  if constexpr (kColumns == 1) {
+    return r;
+  } else if constexpr (kCount > 1) {
+    return r / kColumns + pieces_of<Row, 1>(r % kColumns);
+  } else {
+    return r / kColumns + r % kColumns;
+  }
+}
+
+// Calls `work` with the piece of a number and its first column.
+template <typename Row, int kCount, typename Work>
+REFT_TEAM_INLINE void with_piece(int r, int number, int first, const Work& work) {
+  constexpr int kColumns = Piece<Row, kCount>::kColumns;
+  const int pieces = (r - first) / kColumns;
+  if (number < pieces) {
+    work(Piece<Row, kCount>(), first + number * kColumns);
+  } else if constexpr (kCount > 1) {
+    with_piece<Row, 1>(r, number - pieces, first + pieces * kColumns, work);
+  } else if constexpr (kColumns > 1) {
+    with_piece<double, 1>(r, number - pieces, first + pieces * kColumns, work);
+  }
+}
+
+// Enough to hide a multiplication's latency; one where there are other threads for that.
+template <typename Team>
+constexpr int kRowsAtOnceOf = kColumnsOf<typename Team::Row> > 1 ? 4 : 1;
+
+// Calls put(i, j, (a b)_ij) for every element; b is [r, r].
 template <typename Team, typename Put>
 REFT_TEAM_INLINE void multiply(const Team& team, int r, const LeftFactor& a, const double* b,
                                const Put& put) {
-  constexpr int kCount = Team::kColumns;
-  const int pieces = r / kCount, rest = kCount > 1 ? r % kCount : 0, items = r * (pieces + rest);
+  using Row = typename Team::Row;
+  constexpr int kCount = kRowsAtOnceOf<Team>;
+  const int pieces = pieces_of<Row, kCount>(r), items = r * pieces;
   for (int item = team.rank(); item < items; item += team.size()) {
-    const int i = item / (pieces + rest), piece = item % (pieces + rest);
-    if (piece < pieces) {
-      multiply_piece<kCount>(r, a, b, i, piece * kCount, put);
-    } else {
-      multiply_piece<1>(r, a, b, i, pieces * kCount + piece - pieces, put);
-    }
+    const int i = item / pieces;
+    const int begin = a.part == Part::kUpper ? i : 0, end = a.part == Part::kLower ? i + 1 : r;
+    with_piece<Row, kCount>(r, item % pieces, 0, [&](auto piece, int j) {
+      using P = decltype(piece);
+      typename P::Row sum[P::kCount] = {};
+      for (int k = begin; k < end; ++k) {
+        const double factor = a.at[i * a.row + k * a.step];
+        for (int n = 0; n < P::kCount; ++n) {
+          sum[n] +=
+              factor * load_row<typename P::Row>(b + int64_t{k} * r + j + n * kColumnsOf<typename P::Row>);
+        }
+      }
+      for (int c = 0; c < P::kColumns; ++c) {
+        put(i, j + c, element(sum[c / kColumnsOf<typename P::Row>], c % kColumnsOf<typename P::Row>));
+      }
+    });
   }
   team.sync();
-}
-
-// Columns j to j + kCount of T, see below.
-template <int kCount>
-REFT_TEAM_INLINE void invert_piece(int r, const double* gram, int64_t stride, int j, double* T) {
-  for (int i = r - 1; i >= 0; --i) {
-    double sum[kCount];
-    for (int c = 0; c < kCount; ++c) sum[c] = i == j + c ? 1.0 : 0.0;
-    const int end = j + kCount < r ? j + kCount : r;  // T is zero below
-    for (int k = i + 1; k < end; ++k) {
-      const double factor = gram[i * stride + k];
-      for (int c = 0; c < kCount; ++c) sum[c] -= factor * T[int64_t{k} * r + j + c];
-    }
-    const double half = gram[i * stride + i] / 2;
-    for (int c = 0; c < kCount; ++c) T[int64_t{i} * r + j + c] = sum[c] / half;
-  }
 }
 
 // T [r, r], the inverse of the strict upper part of a Gram matrix plus half its diagonal; `gram` has `stride`
@@ -96,14 +135,26 @@ REFT_TEAM_INLINE void invert_piece(int r, const double* gram, int64_t stride, in
 template <typename Team>
 REFT_TEAM_INLINE void half_gram_inverse(const Team& team, int r, const double* gram, int64_t stride,
                                         double* T) {
-  constexpr int kCount = Team::kColumns;
-  const int pieces = r / kCount, rest = kCount > 1 ? r % kCount : 0;
-  for (int piece = team.rank(); piece < pieces + rest; piece += team.size()) {
-    if (piece < pieces) {
-      invert_piece<kCount>(r, gram, stride, piece * kCount, T);
-    } else {
-      invert_piece<1>(r, gram, stride, pieces * kCount + piece - pieces, T);
-    }
+  using Row = typename Team::Row;
+  const int pieces = pieces_of<Row, 1>(r);
+  for (int number = team.rank(); number < pieces; number += team.size()) {
+    with_piece<Row, 1>(r, number, 0, [&](auto piece, int j) {
+      using P = decltype(piece);
+      const int end = j + P::kColumns;  // T is zero below
+      for (int i = r - 1; i >= end; --i) {
+        for (int c = 0; c < P::kColumns; ++c) T[int64_t{i} * r + j + c] = 0;
+      }
+      for (int i = end - 1; i >= 0; --i) {
+        double* to = T + int64_t{i} * r + j;
+        for (int c = 0; c < P::kColumns; ++c) to[c] = i == j + c ? 1.0 : 0.0;
+        auto sum = load_row<typename P::Row>(to);
+        for (int k = i + 1; k < end; ++k) {
+          sum -= gram[i * stride + k] * load_row<typename P::Row>(T + int64_t{k} * r + j);
+        }
+        sum *= 1 / (gram[i * stride + i] / 2);
+        memcpy(to, &sum, sizeof sum);
+      }
+    });
   }
   team.sync();
 }
@@ -224,20 +275,25 @@ REFT_TEAM_INLINE void orthonormalize_backward_weights(const Team& team, const To
   });
 }
 
-// The largest sum of a row of |a|; `sums` has r elements.
+// The largest sum of a column of |a|; `sums` has r elements.
 template <typename Team>
-REFT_TEAM_INLINE double largest_row_sum(const Team& team, int r, const double* a, double* sums) {
-  for (int i = team.rank(); i < r; i += team.size()) {
-    double sum = 0;
-    for (int j = 0; j < r; ++j) {
-      const double value = a[int64_t{i} * r + j];
-      sum += value < 0 ? -value : value;
-    }
-    sums[i] = sum;
+REFT_TEAM_INLINE double largest_column_sum(const Team& team, int r, const double* a, double* sums) {
+  using Row = typename Team::Row;
+  const int pieces = pieces_of<Row, 1>(r);
+  for (int number = team.rank(); number < pieces; number += team.size()) {
+    with_piece<Row, 1>(r, number, 0, [&](auto piece, int j) {
+      using P = decltype(piece);
+      typename P::Row sum = {};
+      for (int i = 0; i < r; ++i) {
+        const auto row = load_row<typename P::Row>(a + int64_t{i} * r + j);
+        sum += row < 0 ? -row : row;
+      }
+      memcpy(sums + j, &sum, sizeof sum);
+    });
   }
   team.sync();
   double largest = 0;
-  for (int i = 0; i < r; ++i) largest = sums[i] > largest || sums[i] != sums[i] ? sums[i] : largest;
+  for (int j = 0; j < r; ++j) largest = sums[j] > largest || sums[j] != sums[j] ? sums[j] : largest;
   team.sync();
   return largest;
 }
@@ -248,14 +304,14 @@ constexpr int kInverseRootIterations = 30;
 // (Higham, Functions of Matrices, 2008, 6.35). It ends when the next step would change nothing; 30 steps
 // serve for condition numbers up to 1e8. `work` has 3 r^2 + r elements. `square_root` is that of the library.
 //
-// Returns the norm, the largest sum of a row, of what A / its norm is off the identity.
+// Returns the norm, the largest sum of a column, of what A / its norm is off the identity.
 template <typename Team, typename SquareRoot>
 REFT_TEAM_INLINE double inverse_root(const Team& team, int r, double* A, double* root, double* work,
                                      const SquareRoot& square_root) {
   const int64_t count = int64_t{r} * r;
   double *Y = A, *Z = root, *step = work, *next_Y = work + count, *next_Z = work + 2 * count;
   double* sums = work + 3 * count;
-  const double scale = largest_row_sum(team, r, A, sums);
+  const double scale = largest_column_sum(team, r, A, sums);
   for (int64_t e = team.rank(); e < count; e += team.size()) {
     Y[e] /= scale;
     Z[e] = e / r == e % r ? 1.0 : 0.0;
@@ -265,7 +321,7 @@ REFT_TEAM_INLINE double inverse_root(const Team& team, int r, double* A, double*
   for (int iteration = 0; iteration < kInverseRootIterations; ++iteration) {
     multiply(team, r, whole(Z, r), Y,
              [&](int i, int j, double value) { step[int64_t{i} * r + j] = (i == j ? 1.0 : 0.0) - value; });
-    const double off = largest_row_sum(team, r, step, sums);
+    const double off = largest_column_sum(team, r, step, sums);
     if (iteration == 0) first_off = off;
     for (int64_t e = team.rank(); e < count; e += team.size()) {
       step[e] = (e / r == e % r ? 1.0 : 0.0) + step[e] / 2;
