@@ -39,7 +39,7 @@ struct MatrixKernels {
 
   // See small_matrices.h.
   void (*orthonormalize_weights)(const Tops<T>& tops, const double* gram,
-                                 const OrthonormalizeFactors& factors, T* u, double* work);
+                                 const OrthonormalizeFactors& factors, T* u, double* head, double* work);
   void (*orthonormalize_backward_weights)(const Tops<T>& tops, const double* sums,
                                           const OrthonormalizeFactors& factors, T* u, double* head,
                                           double* work);

@@ -270,8 +270,8 @@ struct Alone {
 
 template <typename T>
 static void weights(const Tops<T>& tops, const double* gram, const OrthonormalizeFactors& factors, T* u,
-                    double* work) {
-  orthonormalize_weights(Alone(), tops, gram, factors, u, work);
+                    double* head, double* work) {
+  orthonormalize_weights(Alone(), tops, gram, factors, u, head, work);
 }
 
 template <typename T>

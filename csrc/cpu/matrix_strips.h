@@ -12,6 +12,17 @@ namespace reft_kernels::cpu {
 
 constexpr int kGramRows = 4;  // that are multiplied with a panel at once
 
+// Some r x r matrices in scratch memory.
+struct WorkMatrices {
+  WorkMatrices(int64_t count, int64_t r) : WorkMatrices(count * r * r) {}
+  explicit WorkMatrices(int64_t all) : elements(all), scratch(*this) {}
+  void place(Scratch& s) { s.take(at, elements); }
+
+  int64_t elements;
+  double* at;
+  Scratch scratch;
+};
+
 inline int64_t chunks_of(int64_t d) {
   return (d + chunk_columns(d) - 1) / chunk_columns(d);
 }
@@ -26,8 +37,8 @@ int64_t strip_of(int64_t rows) {
   return columns;
 }
 
-// From a row of a strip to the next, in scratch memory: a cache line more, so that the rows' beginnings do not compete
-// for the same places of the cache.
+// From a row of a strip to the next, in scratch memory: a cache line more, so that the rows' beginnings do
+// not compete for the same places of the cache.
 template <typename E>
 int64_t padded_stride(int64_t columns) {
   return columns + 64 / static_cast<int64_t>(sizeof(E));

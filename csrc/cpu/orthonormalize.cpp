@@ -1,5 +1,7 @@
 // The householder parametrisation on the CPU, forward and backward: two passes over d, in strips whose ranks
 // are rows in scratch memory, and r x r mathematics between them.
+#include <type_traits>
+
 #include "matrix_kernels.h"
 #include "matrix_strips.h"
 #include "matrix_work.h"
@@ -37,6 +39,16 @@ class Parametrisation {
     return padded_stride<T>(strip_of<T>(3 * a.r));
   }
 
+  // The state of a matrix: the weights of pass 2, some r x r of them, and behind them its head in double.
+  static int64_t state_bytes(int weights, const OrthonormalizeMatrix& a) {
+    return head_at(weights, a) + int64_t{a.r} * a.r * 8;
+  }
+  template <typename Byte>
+  static auto head_of(Byte* state, int weights, const OrthonormalizeMatrix& a) {
+    using Double = std::conditional_t<std::is_const_v<Byte>, const double, double>;
+    return reinterpret_cast<Double*>(state + head_at(weights, a));
+  }
+
   // Rows k < r are S V, rows r + k are B, `stride` elements from row to row.
   void read_U(const OrthonormalizeMatrix& a, int64_t column, int columns, T* to, int64_t stride) const {
     const Tops<T> tops = tops_of(a);
@@ -53,6 +65,11 @@ class Parametrisation {
   const OrthonormalizeParams& params_;
   const Kernels<T>& kernels_;
   const MatrixKernels<T>& matrix_kernels_;
+
+ private:
+  static int64_t head_at(int weights, const OrthonormalizeMatrix& a) {
+    return (weights * int64_t{a.r} * a.r * int64_t{sizeof(T)} + 7) / 8 * 8;
+  }
 };
 
 template <typename T>
@@ -68,7 +85,7 @@ class Forward : public Parametrisation<T> {
     return static_cast<double>(a.d) * a.r * (4.0 * a.r + 8);
   }
   int64_t sums(int64_t m) const { return int64_t{4} * at(m).r * at(m).r; }
-  int64_t state(int64_t m) const { return int64_t{2} * at(m).r * at(m).r * int64_t{sizeof(T)}; }
+  int64_t state(int64_t m) const { return Base::state_bytes(2, at(m)); }
 
   void run(int64_t m, int phase, int64_t chunk, const char* state, double* sums) const {
     const OrthonormalizeMatrix& a = at(m);
@@ -76,6 +93,7 @@ class Forward : public Parametrisation<T> {
     if (phase == 0) {
       Base::for_strips(a, chunk, [&](int64_t column, int columns) {
         Base::read_U(a, column, columns, memory.U, memory.stride);
+        add_gram_of_head(a, column, columns, memory, sums);
         add_gram(kernels_, {memory.U, memory.stride, 2 * a.r}, memory.rows, columns, memory.products, sums);
       });
     } else {
@@ -86,7 +104,7 @@ class Forward : public Parametrisation<T> {
         Base::read_U(a, column, columns, memory.U, memory.stride);
         kernels_.up({memory.rows, 0}, {nullptr, 0}, {memory.R, column}, {a.r, columns},
                     {memory.U, memory.stride, 2 * a.r}, u);
-        add_diagonal(a, column, columns);
+        write_head(a, column, columns, Base::head_of(state, 2, a));
       });
     }
   }
@@ -94,44 +112,60 @@ class Forward : public Parametrisation<T> {
   void finish(int64_t m, int phase, char* state, const double* gram) const {
     if (phase != 0) return;
     const OrthonormalizeMatrix& a = at(m);
-    struct Work {
-      void place(Scratch& s) { s.take(at, count); }
-      double* at = nullptr;
-      int64_t count;
-    } work{nullptr, int64_t{2} * a.r * a.r};
-    const Scratch scratch(work);
+    const WorkMatrices work(3, a.r);
     matrix_kernels_.orthonormalize_weights(Base::tops_of(a), gram, OrthonormalizeFactors(a.factors, a.r),
-                                           reinterpret_cast<T*>(state), work.at);
+                                           reinterpret_cast<T*>(state), Base::head_of(state, 2, a), work.at);
   }
 
  private:
   struct Memory {
     explicit Memory(const OrthonormalizeMatrix& matrix)
-        : stride(Base::panel_stride(matrix)), a(matrix), scratch(*this) {
+        : stride(Base::panel_stride(matrix)),
+          head_stride(padded_stride<double>(std::min<int64_t>(matrix.r, stride))),
+          a(matrix),
+          scratch(*this) {
       for (int k = 0; k < a.r; ++k) R[k] = static_cast<T*>(a.out) + k * a.d;
     }
     void place(Scratch& s) {
       s.take(U, 2 * a.r * stride);
+      s.take(head, 2 * a.r * head_stride);
+      s.take(head_products, int64_t{kGramRows} * 2 * a.r);
       s.take(zeros, stride);
       s.take(products, int64_t{kGramRows} * 2 * a.r);
       s.take(rows, std::max(kGramRows, a.r));
       s.take(R, a.r);
     }
 
-    int64_t stride;
+    int64_t stride, head_stride;
     const OrthonormalizeMatrix& a;
     T *U, *zeros, *products;
+    double *head, *head_products;
     const void** rows;
     void** R;
     Scratch scratch;
   };
 
-  // S E D
-  static void add_diagonal(const OrthonormalizeMatrix& a, int64_t column, int columns) {
-    const Tops<T> tops = Base::tops_of(a);
-    for (int64_t k = column; k < std::min<int64_t>(a.r, column + columns); ++k) {
-      const int rank = static_cast<int>(k);
-      static_cast<T*>(a.out)[k * a.d + k] += static_cast<T>(tops.sign(rank) * tops.diagonal(rank));
+  // The first r columns, among which are the reflectors' ones, are summed in double, and are zero then.
+  void add_gram_of_head(const OrthonormalizeMatrix& a, int64_t column, int columns, const Memory& memory,
+                        double* sums) const {
+    const int count = static_cast<int>(std::min<int64_t>(a.r - column, columns));
+    if (count <= 0) return;
+    const Kernels<double>& wide = kernels_of<double>(Base::params_.type);
+    for (int k = 0; k < 2 * a.r; ++k) {
+      wide.widen(memory.U + k * memory.stride, Base::params_.type, count,
+                 memory.head + k * memory.head_stride);
+      std::fill_n(memory.U + k * memory.stride, count, T(0));
+    }
+    add_gram(wide, {memory.head, memory.head_stride, 2 * a.r}, memory.rows, count, memory.head_products,
+             sums);
+  }
+
+  // The first r columns of R.
+  static void write_head(const OrthonormalizeMatrix& a, int64_t column, int columns, const double* head) {
+    for (int64_t k = 0; k < a.r; ++k) {
+      for (int64_t j = column; j < std::min<int64_t>(a.r, column + columns); ++j) {
+        static_cast<T*>(a.out)[k * a.d + j] = static_cast<T>(head[k * a.r + j]);
+      }
     }
   }
 };
@@ -149,7 +183,7 @@ class Backward : public Parametrisation<T> {
     return static_cast<double>(a.d) * a.r * (5.0 * a.r + 8);
   }
   int64_t sums(int64_t m) const { return int64_t{2} * at(m).r * at(m).r; }
-  int64_t state(int64_t m) const { return (head_at(at(m)) + int64_t{at(m).r} * at(m).r) * 8; }
+  int64_t state(int64_t m) const { return Base::state_bytes(3, at(m)); }
 
   void run(int64_t m, int phase, int64_t chunk, const char* state, double* sums) const {
     const OrthonormalizeMatrix& a = at(m);
@@ -165,7 +199,7 @@ class Backward : public Parametrisation<T> {
       });
     } else {
       const T* u = reinterpret_cast<const T*>(state);
-      const double* head = reinterpret_cast<const double*>(state) + head_at(a);
+      const double* head = Base::head_of(state, 3, a);
       std::fill_n(memory.zeros, memory.stride, T(0));
       Base::for_strips(a, chunk, [&](int64_t column, int columns) {
         Base::read_U(a, column, columns, memory.panel, memory.stride);
@@ -185,15 +219,10 @@ class Backward : public Parametrisation<T> {
   void finish(int64_t m, int phase, char* state, const double* sums) const {
     if (phase != 0) return;
     const OrthonormalizeMatrix& a = at(m);
-    struct Work {
-      void place(Scratch& s) { s.take(at, count); }
-      double* at = nullptr;
-      int64_t count;
-    } work{nullptr, int64_t{4} * a.r * a.r};
-    const Scratch scratch(work);
+    const WorkMatrices work(4, a.r);
     matrix_kernels_.orthonormalize_backward_weights(
         Base::tops_of(a), sums, OrthonormalizeFactors(a.factors, a.r), reinterpret_cast<T*>(state),
-        reinterpret_cast<double*>(state) + head_at(a), work.at);
+        Base::head_of(state, 3, a), work.at);
   }
 
  private:
@@ -223,11 +252,6 @@ class Backward : public Parametrisation<T> {
     void** dX_rows;
     Scratch scratch;
   };
-
-  // Where in the state, in doubles, `head` begins behind the weights.
-  static int64_t head_at(const OrthonormalizeMatrix& a) {
-    return (int64_t{3} * a.r * a.r * int64_t{sizeof(T)} + 7) / 8;
-  }
 
   // The first r columns: their signs, what is added to them, and zeros on the diagonal of X and above.
   static void finish_top(const OrthonormalizeMatrix& a, int64_t column, int columns, const double* head,

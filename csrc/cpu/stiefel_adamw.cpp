@@ -176,12 +176,7 @@ class Step {
       for (int64_t i = 0; i < r; ++i) {
         for (int64_t j = 0; j < i; ++j) sums[i * r + j] = sums[j * r + i];
       }
-      struct Work {
-        void place(Scratch& s) { s.take(at, count); }
-        double* at = nullptr;
-        int64_t count;
-      } work{nullptr, 3 * r * r + r};
-      const Scratch scratch(work);
+      const WorkMatrices work(3 * r * r + r);
       const double off = kernels_.inverse_root(a.r, sums, u, work.at);
       for (int64_t i = 0; i < r; ++i) u[i * r + i] -= 1;
       if (phase == kMove) {

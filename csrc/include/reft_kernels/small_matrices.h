@@ -190,18 +190,20 @@ struct Tops {
 };
 
 // From the Gram matrix [2r, 2r] of U = [S V, B], of which the part above the diagonal and the diagonal itself
-// are read: the factors, and the weights u [r, 2r] of pass 2,
+// are read: the factors, the weights u [r, 2r] of pass 2 and its first r columns, `head` [r, r],
 //
-//   R[k, :] = (S E D)[:, k]^T + sum_i u[k, i] U[:, i]^T,     u = -[C D; K]^T,
+//   R[k, j] = sum_i u[k, i] U[j, i]    where j >= r,    u = -[C D; K]^T,
+//   R[k, j] = head[k, j]               else,            head = (S (E D - V C D) - B K)^T,
 //   C = T V_top^T,   K = T_B (B_top^T S D - M C D)
 //
-// `work` has 2 r^2 elements.
+// The head has R's large elements, differences of larger ones: not for float32. `work` has 3 r^2 elements.
 template <typename Team, typename E, typename U>
 REFT_TEAM_INLINE void orthonormalize_weights(const Team& team, const Tops<E>& tops, const double* gram,
-                                             const OrthonormalizeFactors& f, U* u, double* work) {
+                                             const OrthonormalizeFactors& f, U* u, double* head,
+                                             double* work) {
   const int r = tops.r;
   const int64_t count = int64_t{r} * r;
-  double *top = work, *right = work + count;
+  double *top = work, *right = work + count, *K = work + 2 * count;
   for (int64_t e = team.rank(); e < count; e += team.size()) {
     const int i = static_cast<int>(e / r), j = static_cast<int>(e % r);
     top[e] = tops.V(j, i);
@@ -216,8 +218,19 @@ REFT_TEAM_INLINE void orthonormalize_weights(const Team& team, const Tops<E>& to
   multiply(team, r, whole(f.M, r), f.C, [&](int i, int j, double value) {
     right[int64_t{i} * r + j] = (tops.B(j, i) * tops.sign(j) - value) * tops.diagonal(j);
   });
-  multiply(team, r, upper(f.T_B, r), right,
-           [&](int i, int j, double value) { u[int64_t{j} * 2 * r + r + i] = static_cast<U>(-value); });
+  multiply(team, r, upper(f.T_B, r), right, [&](int i, int j, double value) {
+    K[int64_t{i} * r + j] = value;
+    u[int64_t{j} * 2 * r + r + i] = static_cast<U>(-value);
+  });
+  multiply(team, r, transposed(f.C, r), top, [&](int k, int j, double value) {
+    head[int64_t{k} * r + j] = tops.sign(j) * tops.diagonal(k) * ((j == k ? 1.0 : 0.0) - value);
+  });
+  for (int64_t e = team.rank(); e < count; e += team.size()) {
+    right[e] = tops.B(static_cast<int>(e % r), static_cast<int>(e / r));
+  }
+  team.sync();
+  multiply(team, r, transposed(K, r), right,
+           [&](int k, int j, double value) { head[int64_t{k} * r + j] -= value; });
 }
 
 // From sums [r, 2r], of which row k is the products of grad[k, :] with U: the weights u [r, 3r] and `head`
