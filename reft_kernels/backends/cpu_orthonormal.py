@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from reft_kernels.backends import native
 from reft_kernels.backends.native_orthonormal import OPS
 from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem, device_and_dtype
@@ -16,8 +18,12 @@ def unavailable() -> str | None:
 
 def unsupported_matrices(problem: OrthonormalProblem | StiefelProblem) -> str | None:
     """Why these matrices are not for these kernels; None if they are."""
-    device, _ = device_and_dtype(problem)
-    return None if device.type == "cpu" else f"needs matrices on the CPU, got {device}"
+    if not problem[0]:
+        return None
+    device, dtype = device_and_dtype(problem)
+    if device.type != "cpu":
+        return f"needs matrices on the CPU, got {device}"
+    return None if dtype in (torch.float32, torch.float64) else f"needs float32 or float64, got {dtype}"
 
 
 orthonormalize_forward = OPS.orthonormalize_forward

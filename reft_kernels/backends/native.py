@@ -35,7 +35,7 @@ SCHEMAS = (
 
 
 def define(namespace: str, schemas: tuple[str, ...] = SCHEMAS) -> torch.library.Library:
-    """Native ops, those of edits if no others are named, in a namespace of ``torch.ops``, still without implementations.
+    """Native ops, by default the edit's, in a namespace of ``torch.ops``, still without implementations.
 
     Autograd and the counting of versions pass them by: whoever calls them sees to both.
     """

@@ -36,32 +36,39 @@ class NativeOrthonormalOps:
 
     def orthonormalize_forward(self, problem: OrthonormalProblem) -> tuple[tuple[Tensor, ...], Tensor]:
         """See :func:`reft_kernels.backends.eager_orthonormal.orthonormalize_forward`; every R is part of one tensor."""
-        X = problem.X
-        R = X[0].new_empty(sum(map(Tensor.numel, X)))
-        factors = R.new_empty(problem.factor_count, dtype=torch.float64)
-        self._forward(X, problem.reflectors, problem.signs, R, factors)
-        return _parts(R, [(x.shape[1], x.shape[0]) for x in X]), factors
+        p = problem
+        if not p.X:
+            return (), torch.empty(0, dtype=torch.float64)
+        R, parts = _parts_of_one(p.X[0], [x.shape[::-1] for x in p.X])
+        factors = R.new_empty(sum(4 * len(part) ** 2 for part in parts), dtype=torch.float64)
+        self._forward(p.X, p.reflectors, p.signs, R, factors)
+        return parts, factors
 
     def orthonormalize_backward(
         self, grads: Sequence[Tensor | None], problem: OrthonormalProblem, factors: Tensor
     ) -> tuple[Tensor | None, ...]:
         """See :func:`reft_kernels.backends.eager_orthonormal.orthonormalize_backward`; the gradients as R there."""
-        asked = [i for i, grad in enumerate(grads) if grad is not None]
-        if not asked:
-            return (None,) * len(grads)
         p = problem
-        if len(asked) < len(grads):
+        some = [grad for grad in grads if grad is not None]
+        if not some:
+            return (None,) * len(grads)
+        if len(some) < len(grads):
+            asked = [i for i, grad in enumerate(grads) if grad is not None]
             of_each = factors.split([4 * x.shape[1] ** 2 for x in p.X])
             factors = torch.cat([of_each[i] for i in asked])
             p = OrthonormalProblem(*(tuple(tensors[i] for i in asked) for tensors in p))
-        dX = p.X[0].new_empty(sum(map(Tensor.numel, p.X)))
-        self._backward([grads[i] for i in asked], p.X, p.reflectors, p.signs, factors, dX)
-        parts = iter(_parts(dX, [x.shape for x in p.X]))
-        return tuple(None if grad is None else next(parts) for grad in grads)
+        dX, parts = _parts_of_one(p.X[0], [x.shape for x in p.X])
+        self._backward(some, p.X, p.reflectors, p.signs, factors, dX)
+        if len(some) == len(grads):
+            return parts
+        remaining = iter(parts)
+        return tuple(None if grad is None else next(remaining) for grad in grads)
 
     def stiefel_adamw_step(self, problem: StiefelProblem) -> Tensor | None:
         """See :func:`reft_kernels.backends.eager_orthonormal.stiefel_adamw_step`."""
         p = problem
+        if not p.parameters:
+            return None if p.max_norm is None else torch.zeros((), dtype=torch.float64)
         norm = None if p.max_norm is None else p.steps[0].new_empty((), dtype=torch.float64)
         lr, lr_tensor = (0.0, p.lr) if isinstance(p.lr, Tensor) else (p.lr, None)
         self._step(
@@ -74,12 +81,14 @@ class NativeOrthonormalOps:
         return norm
 
 
-def _parts(flat: Tensor, shapes: Sequence[tuple[int, int] | torch.Size]) -> tuple[Tensor, ...]:
-    """One tensor as contiguous ones of these shapes."""
-    if all(shape == shapes[0] for shape in shapes):
-        return flat.view(len(shapes), *shapes[0]).unbind()
-    pieces = flat.split([rows * columns for rows, columns in shapes])
-    return tuple(piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True))
+def _parts_of_one(like: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A new tensor, and it as contiguous ones of these shapes, one after the other."""
+    if shapes.count(shapes[0]) == len(shapes):
+        whole = like.new_empty(len(shapes), *shapes[0])
+        return whole, whole.unbind()
+    sizes = [shape.numel() for shape in shapes]
+    whole = like.new_empty(sum(sizes))
+    return whole, tuple(piece.view(shape) for piece, shape in zip(whole.split(sizes), shapes, strict=True))
 
 
 OPS = NativeOrthonormalOps("reft_kernels")
