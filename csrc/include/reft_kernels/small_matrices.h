@@ -102,6 +102,23 @@ REFT_TEAM_INLINE void with_piece(int r, int number, int first, const Work& work)
 template <typename Team>
 constexpr int kRowsAtOnceOf = kColumnsOf<typename Team::Row> > 1 ? 4 : 1;
 
+// Calls put(i, j, (a b)_ij) for the columns j of a piece from `first` on; b is [r, r].
+template <typename Row, int kCount, typename Put>
+REFT_TEAM_INLINE void multiply_piece(int r, const LeftFactor& a, const double* b, int i, int first,
+                                     const Put& put) {
+  constexpr int kColumns = kColumnsOf<Row>;
+  Row sum[kCount] = {};
+  const int begin = a.part == Part::kUpper ? i : 0, end = a.part == Part::kLower ? i + 1 : r;
+  for (int k = begin; k < end; ++k) {
+    const double factor = a.at[i * a.row + k * a.step];
+    const double* row = b + int64_t{k} * r + first;
+    for (int n = 0; n < kCount; ++n) sum[n] += factor * load_row<Row>(row + n * kColumns);
+  }
+  for (int n = 0; n < kCount; ++n) {
+    for (int c = 0; c < kColumns; ++c) put(i, first + n * kColumns + c, element(sum[n], c));
+  }
+}
+
 // Calls put(i, j, (a b)_ij) for every element; b is [r, r].
 template <typename Team, typename Put>
 REFT_TEAM_INLINE void multiply(const Team& team, int r, const LeftFactor& a, const double* b,
@@ -110,21 +127,9 @@ REFT_TEAM_INLINE void multiply(const Team& team, int r, const LeftFactor& a, con
   constexpr int kCount = kRowsAtOnceOf<Team>;
   const int pieces = pieces_of<Row, kCount>(r), items = r * pieces;
   for (int item = team.rank(); item < items; item += team.size()) {
-    const int i = item / pieces;
-    const int begin = a.part == Part::kUpper ? i : 0, end = a.part == Part::kLower ? i + 1 : r;
-    with_piece<Row, kCount>(r, item % pieces, 0, [&](auto piece, int j) {
+    with_piece<Row, kCount>(r, item % pieces, 0, [&](auto piece, int first) {
       using P = decltype(piece);
-      typename P::Row sum[P::kCount] = {};
-      for (int k = begin; k < end; ++k) {
-        const double factor = a.at[i * a.row + k * a.step];
-        for (int n = 0; n < P::kCount; ++n) {
-          sum[n] +=
-              factor * load_row<typename P::Row>(b + int64_t{k} * r + j + n * kColumnsOf<typename P::Row>);
-        }
-      }
-      for (int c = 0; c < P::kColumns; ++c) {
-        put(i, j + c, element(sum[c / kColumnsOf<typename P::Row>], c % kColumnsOf<typename P::Row>));
-      }
+      multiply_piece<typename P::Row, P::kCount>(r, a, b, item / pieces, first, put);
     });
   }
   team.sync();
@@ -202,10 +207,10 @@ REFT_TEAM_INLINE void orthonormalize_weights(const Team& team, const Tops<E>& to
                                              const OrthonormalizeFactors& f, U* u, double* head,
                                              double* work) {
   const int r = tops.r;
-  const int64_t count = int64_t{r} * r;
+  const int count = r * r;
   double *top = work, *right = work + count, *K = work + 2 * count;
-  for (int64_t e = team.rank(); e < count; e += team.size()) {
-    const int i = static_cast<int>(e / r), j = static_cast<int>(e % r);
+  for (int e = team.rank(); e < count; e += team.size()) {
+    const int i = e / r, j = e % r;
     top[e] = tops.V(j, i);
     f.M[e] = gram[j * int64_t{2} * r + r + i];
   }
@@ -225,8 +230,8 @@ REFT_TEAM_INLINE void orthonormalize_weights(const Team& team, const Tops<E>& to
   multiply(team, r, transposed(f.C, r), top, [&](int k, int j, double value) {
     head[int64_t{k} * r + j] = tops.sign(j) * tops.diagonal(k) * ((j == k ? 1.0 : 0.0) - value);
   });
-  for (int64_t e = team.rank(); e < count; e += team.size()) {
-    right[e] = tops.B(static_cast<int>(e % r), static_cast<int>(e / r));
+  for (int e = team.rank(); e < count; e += team.size()) {
+    right[e] = tops.B(e % r, e / r);
   }
   team.sync();
   multiply(team, r, transposed(K, r), right,
@@ -249,10 +254,11 @@ REFT_TEAM_INLINE void orthonormalize_backward_weights(const Team& team, const To
                                                       const double* sums, const OrthonormalizeFactors& f,
                                                       U* u, double* head, double* work) {
   const int r = tops.r;
-  const int64_t count = int64_t{r} * r, row = int64_t{3} * r;
+  const int count = r * r;
+  const int64_t row = int64_t{3} * r;
   double *L = work, *dC = work + count, *right = work + 2 * count, *left = work + 3 * count;
-  for (int64_t e = team.rank(); e < count; e += team.size()) {
-    const int i = static_cast<int>(e / r), j = static_cast<int>(e % r);
+  for (int e = team.rank(); e < count; e += team.size()) {
+    const int i = e / r, j = e % r;
     right[e] = sums[j * int64_t{2} * r + r + i];  // B^T grad^T
   }
   team.sync();
@@ -261,8 +267,8 @@ REFT_TEAM_INLINE void orthonormalize_backward_weights(const Team& team, const To
   multiply(team, r, transposed(f.M, r), L, [&](int i, int j, double value) {
     dC[int64_t{i} * r + j] = (value - sums[j * int64_t{2} * r + i]) * tops.diagonal(j);
   });
-  for (int64_t e = team.rank(); e < count; e += team.size()) {
-    const int i = static_cast<int>(e / r), j = static_cast<int>(e % r);
+  for (int e = team.rank(); e < count; e += team.size()) {
+    const int i = e / r, j = e % r;
     right[e] = tops.V(i, j);
     left[e] = tops.diagonal(i) * f.C[int64_t{j} * r + i];  // D C^T
     u[j * row + 2 * r + i] = static_cast<U>(-left[e]);
@@ -277,7 +283,7 @@ REFT_TEAM_INLINE void orthonormalize_backward_weights(const Team& team, const To
            [&](int i, int j, double value) { left[int64_t{i} * r + j] = value; });
   multiply(team, r, transposed_upper(f.T, r), left,
            [&](int i, int j, double value) { L[int64_t{i} * r + j] = value; });
-  for (int64_t e = team.rank(); e < count; e += team.size()) {
+  for (int e = team.rank(); e < count; e += team.size()) {
     right[e] = f.T[e % r * r + e / r];
   }
   team.sync();
@@ -321,11 +327,11 @@ constexpr int kInverseRootIterations = 30;
 template <typename Team, typename SquareRoot>
 REFT_TEAM_INLINE double inverse_root(const Team& team, int r, double* A, double* root, double* work,
                                      const SquareRoot& square_root) {
-  const int64_t count = int64_t{r} * r;
+  const int count = r * r;
   double *Y = A, *Z = root, *step = work, *next_Y = work + count, *next_Z = work + 2 * count;
   double* sums = work + 3 * count;
   const double scale = largest_column_sum(team, r, A, sums);
-  for (int64_t e = team.rank(); e < count; e += team.size()) {
+  for (int e = team.rank(); e < count; e += team.size()) {
     Y[e] /= scale;
     Z[e] = e / r == e % r ? 1.0 : 0.0;
   }
@@ -336,7 +342,7 @@ REFT_TEAM_INLINE double inverse_root(const Team& team, int r, double* A, double*
              [&](int i, int j, double value) { step[int64_t{i} * r + j] = (i == j ? 1.0 : 0.0) - value; });
     const double off = largest_column_sum(team, r, step, sums);
     if (iteration == 0) first_off = off;
-    for (int64_t e = team.rank(); e < count; e += team.size()) {
+    for (int e = team.rank(); e < count; e += team.size()) {
       step[e] = (e / r == e % r ? 1.0 : 0.0) + step[e] / 2;
     }
     team.sync();
@@ -353,7 +359,7 @@ REFT_TEAM_INLINE double inverse_root(const Team& team, int r, double* A, double*
     next_Y = swapped;
   }
   const double factor = 1 / square_root(scale);
-  for (int64_t e = team.rank(); e < count; e += team.size()) root[e] = Z[e] * factor;
+  for (int e = team.rank(); e < count; e += team.size()) root[e] = Z[e] * factor;
   team.sync();
   return first_off;
 }
