@@ -123,15 +123,18 @@ REFT_INLINE void in_halving_blocks(int begin, int ranks, const Block& block) {
   if constexpr (kLargest > 1) in_halving_blocks<kLargest / 2>(begin, ranks, block);
 }
 
-// Column by column outside, so that memory is gone through once and in order.
+// Column by column outside, so that memory is gone through once and in order. As many columns are fetched
+// meanwhile: of the next strip, if there is one.
 template <typename T>
 static void ranks_to_rows(const T* from, int columns, int ranks, T* to, int64_t stride) {
-  constexpr int kStep = kLanes<T>;
+  constexpr int kStep = kLanes<T>, kLine = 64 / static_cast<int>(sizeof(T));
+  const int64_t ahead = columns * int64_t{ranks};
   int j = 0;
   for (; j + kStep <= columns; j += kStep) {
+    const T* const at = from + j * int64_t{ranks};
+    for (int i = 0; i < kStep * ranks; i += kLine) __builtin_prefetch(at + ahead + i, 0, 3);
     in_halving_blocks<kStep>(0, ranks, [&](auto size, int k) __attribute__((always_inline)) {
-      ranks_to_rows_block<T, decltype(size)::value>(from + j * int64_t{ranks} + k, ranks, to + k * stride + j,
-                                                    stride);
+      ranks_to_rows_block<T, decltype(size)::value>(at + k, ranks, to + k * stride + j, stride);
     });
   }
   for (; j < columns; ++j) {
