@@ -329,5 +329,7 @@ def test_step_problems_are_refused_by_their_device_and_type() -> None:
         parameters=(torch.zeros(4, dtype=torch.float16),)
     )
     assert cpu.unsupported_matrices(half) == "needs float32 or float64, got torch.float16"
+    rate = step_of(torch.float32, lr=torch.tensor(1, dtype=torch.int64))
+    assert cpu.unsupported_matrices(rate) == "needs lr in float32 or float64, got torch.int64"
     meta = half._replace(parameters=(torch.zeros(4, device="meta"),))
     assert cpu.unsupported_matrices(meta) == "needs matrices on the CPU, got meta"

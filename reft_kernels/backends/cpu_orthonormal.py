@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from reft_kernels.backends import native
 from reft_kernels.backends.native_orthonormal import OPS
 from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem, device_and_dtype
 
 name = "cpu"
+
+_TYPES = (torch.float32, torch.float64)
 
 
 def unavailable() -> str | None:
@@ -23,7 +26,11 @@ def unsupported_matrices(problem: OrthonormalProblem | StiefelProblem) -> str | 
     device, dtype = device_and_dtype(problem)
     if device.type != "cpu":
         return f"needs matrices on the CPU, got {device}"
-    return None if dtype in (torch.float32, torch.float64) else f"needs float32 or float64, got {dtype}"
+    if dtype not in _TYPES:
+        return f"needs float32 or float64, got {dtype}"
+    if isinstance(problem, StiefelProblem) and isinstance(problem.lr, Tensor) and problem.lr.dtype not in _TYPES:
+        return f"needs lr in float32 or float64, got {problem.lr.dtype}"
+    return None
 
 
 orthonormalize_forward = OPS.orthonormalize_forward
