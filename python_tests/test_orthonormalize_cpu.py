@@ -232,7 +232,8 @@ def agrees_with_eager(sizes: tuple[tuple[int, int], ...]) -> None:
         tolerance = 64 * torch.finfo(dtype).eps
         problem = matrices_of(sizes, dtype, 0.3)
         grads: list[Tensor | None] = [torch.randn(r, d, dtype=dtype) for d, r in sizes]
-        grads[1] = None
+        if len(sizes) > 1:
+            grads[1] = None
         results = []
         for name in ("cpu", "eager"):
             R, factors = BACKENDS[name].orthonormalize_forward(problem)
