@@ -8,6 +8,7 @@
 
 #include "build_info.h"
 #include "edit_operands.h"
+#include "orthonormal_operands.h"
 #include "reft_kernels/launch.h"
 
 #if REFT_KERNELS_WITH_CUDA
@@ -26,6 +27,19 @@ void in_torchs_pool(int64_t count, const std::function<void(int64_t, int64_t)>& 
 struct OnCpu {
   static void launch(const EditForwardParams& params, int) { cpu::edit_forward(params, in_torchs_pool); }
   static void launch(const EditBackwardParams& params, int) { cpu::edit_backward(params, in_torchs_pool); }
+};
+
+// The op on the CPU of a function of params and of one that makes operands, which hold params, of lists of
+// tensors.
+template <auto function, auto make_operands, typename Function = decltype(make_operands)>
+struct OpOfLists;
+
+template <auto function, auto make_operands, typename Operands, typename... Arguments>
+struct OpOfLists<function, make_operands, Operands (*)(Arguments...)> {
+  static void run(Arguments... arguments) {
+    const Operands operands = make_operands(arguments...);
+    function(operands.params, static_cast<int>(torch::stable::get_num_threads()), in_torchs_pool);
+  }
 };
 
 #if REFT_KERNELS_WITH_CUDA
@@ -94,6 +108,13 @@ STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, library) {
   using namespace reft_kernels;
   library.impl("native_edit_forward", TORCH_BOX((&Op<OnCpu, &forward_params>::run)));
   library.impl("native_edit_backward", TORCH_BOX((&Op<OnCpu, &backward_params>::run)));
+  library.impl("native_orthonormalize_forward",
+               TORCH_BOX((&OpOfLists<&cpu::orthonormalize_forward, &orthonormalize_forward_operands>::run)));
+  library.impl(
+      "native_orthonormalize_backward",
+      TORCH_BOX((&OpOfLists<&cpu::orthonormalize_backward, &orthonormalize_backward_operands>::run)));
+  library.impl("native_stiefel_adamw_step",
+               TORCH_BOX((&OpOfLists<&cpu::stiefel_adamw_step, &stiefel_adamw_operands>::run)));
 }
 
 #if REFT_KERNELS_WITH_CUDA

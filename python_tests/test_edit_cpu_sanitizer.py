@@ -34,6 +34,20 @@ for seed, case in enumerate(edit_cases()[:: int(sys.argv[2])]):
     compare(case, seed, "cpu", "cpu")
 print("agreed with", cpu.instruction_set())
 """
+COMPARE_ORTHONORMAL = """
+import sys
+from pathlib import Path
+import torch
+from reft_kernels.backends import cpu, cpu_orthonormal, native
+native.LIBRARY = Path(sys.argv[1])
+assert cpu_orthonormal.unavailable() is None, cpu_orthonormal.unavailable()
+from test_orthonormalize_cpu import SHARED_OUT, SIZES, agrees_with_eager
+torch.set_num_threads(2)
+agrees_with_eager(tuple((d, r) for d, r in SIZES if r <= 70))
+for sizes in SHARED_OUT:
+    agrees_with_eager(sizes)
+print("agreed with", cpu.instruction_set())
+"""
 # y has half the memory of what is written to it.
 OVERRUN = """
 import sys
@@ -68,6 +82,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build / "libreft_kernels_ops.so"
 
 
+def check(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith("agreed with ")
+    assert "runtime error" not in done.stderr
+
+
 def sanitized(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
     environment = {
@@ -75,7 +95,7 @@ def sanitized(script: str, *arguments: str, **environment: str) -> subprocess.Co
         "LD_PRELOAD": str(Path(runtime.strip()).resolve()),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests")]),
         "TRITON_INTERPRET": "0",
         **environment,
     }
@@ -86,10 +106,12 @@ def sanitized(script: str, *arguments: str, **environment: str) -> subprocess.Co
 
 @pytest.mark.parametrize(("isa", "every"), [("avx512", "3"), ("avx2", "6"), ("baseline", "6")])
 def test_cpu_kernels_keep_to_their_memory(library: Path, isa: str, every: str) -> None:
-    done = sanitized(COMPARE, str(library), every, REFT_KERNELS_CPU_ISA=isa)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.startswith("agreed with ")
-    assert "runtime error" not in done.stderr
+    check(sanitized(COMPARE, str(library), every, REFT_KERNELS_CPU_ISA=isa))
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_cpu_kernels_of_orthonormal_rows_keep_to_their_memory(library: Path, isa: str) -> None:
+    check(sanitized(COMPARE_ORTHONORMAL, str(library), REFT_KERNELS_CPU_ISA=isa))
 
 
 def test_the_sanitizer_is_at_work(library: Path) -> None:

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "matrix_kernels.h"
 #include "reft_kernels/launch.h"
 
 namespace reft_kernels::cpu {
@@ -63,5 +64,17 @@ const Kernels<T>& kernels_of(DType h_type) {
 
 template const Kernels<float>& kernels_of<float>(DType h_type);
 template const Kernels<double>& kernels_of<double>(DType h_type);
+
+template <typename T>
+const MatrixKernels<T>& matrix_kernels_of() {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512) return *avx512::matrix_kernels_of<T>();
+  if (isa() == Isa::kAvx2) return *avx2::matrix_kernels_of<T>();
+#endif
+  return *baseline::matrix_kernels_of<T>();
+}
+
+template const MatrixKernels<float>& matrix_kernels_of<float>();
+template const MatrixKernels<double>& matrix_kernels_of<double>();
 
 }  // namespace reft_kernels::cpu

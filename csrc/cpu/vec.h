@@ -1,6 +1,6 @@
 // One vector of the widest kind that the file is compiled for, with loads and stores of every storage type.
-// Included by kernels_impl.h alone: whatever it defines lies in the namespace of one instruction set, without
-// linkage.
+// Included by kernels_impl.h and matrix_kernels_impl.h alone: whatever it defines lies in the namespace of
+// one instruction set, without linkage.
 #pragma once
 
 #include <cstdint>

@@ -31,13 +31,13 @@ from reft_kernels.reference import ACTIVATIONS
 LIBRARY = Path(__file__).parent.parent / "libreft_kernels_ops.so"
 
 
-def define(namespace: str) -> torch.library.Library:
-    """The native ops in a namespace of ``torch.ops``, still without implementations.
+def define(namespace: str, schemas: tuple[str, ...] = SCHEMAS) -> torch.library.Library:
+    """Native ops, by default the edit's, in a namespace of ``torch.ops``, still without implementations.
 
     Autograd and the counting of versions pass them by: whoever calls them sees to both.
     """
     library = torch.library.Library(namespace, "FRAGMENT")
-    for schema in SCHEMAS:
+    for schema in schemas:
         library.define(schema)
         for key in ("Autograd", "ADInplaceOrView"):
             library.impl(schema.partition("(")[0], torch.library.fallthrough_kernel, key)

@@ -5,6 +5,8 @@
 #include <string>
 
 #include "reft_kernels/edit_params.h"
+#include "reft_kernels/orthonormalize_params.h"
+#include "reft_kernels/stiefel_adamw_params.h"
 
 namespace reft_kernels {
 
@@ -16,6 +18,12 @@ using ParallelFor = std::function<void(int64_t count, const std::function<void(i
 
 void edit_forward(const EditForwardParams& params, const ParallelFor& parallel_for);
 void edit_backward(const EditBackwardParams& params, const ParallelFor& parallel_for);
+
+// `threads` is how many `parallel_for` has.
+void orthonormalize_forward(const OrthonormalizeParams& params, int threads, const ParallelFor& parallel_for);
+void orthonormalize_backward(const OrthonormalizeParams& params, int threads,
+                             const ParallelFor& parallel_for);
+void stiefel_adamw_step(const StiefelAdamWParams& params, int threads, const ParallelFor& parallel_for);
 
 // The instruction set that is used on this machine: "avx512", "avx2", "neon" or "baseline".
 const char* instruction_set();
