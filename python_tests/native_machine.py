@@ -26,7 +26,8 @@ CSRC = HERE.parents[1] / "csrc"
 NAMESPACE = "reft_kernels_on_cpu"
 CACHE = Path(tempfile.gettempdir()) / "reft_kernels_native"
 
-_COMMON = ["-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-DREFT_KERNELS_ON_CPU"]
+# -Og compiles the kernels in about half the time that -O1 takes, and they run about as fast.
+_COMMON = ["-Og", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-DREFT_KERNELS_ON_CPU"]
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 _MACHINE_SOURCES = ("machine.cpp", "primitives.cpp", "races.cpp", "fiber.cpp")
 # Has the compiler report every access of a kernel to the machine, which has ThreadSanitizer's functions for that.
