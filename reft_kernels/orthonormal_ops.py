@@ -36,7 +36,7 @@ def _forward(X: list[Tensor], reflectors: list[Tensor], signs: list[Tensor], bac
 
 def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each in memory of its own, as the outputs of an op must be; backends cut theirs from one piece."""
-    return [t.clone() if t._is_view() else t for t in tensors]
+    return [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in tensors]
 
 
 def _backward(
