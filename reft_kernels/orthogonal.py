@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class OrthonormalRows(nn.Module):
         self.X = nn.Parameter(torch.empty(d, r, dtype=dtype))
         self.register_buffer("reflectors", torch.empty(d, r, dtype=dtype))
         self.register_buffer("signs", torch.empty(r, dtype=dtype))
-        self._cache: tuple[tuple[Any, ...], nn.Parameter, Tensor] | None = None
+        self._cache: _Cache | None = None
         self._shared: Tensor | None = None
         self._captured = False
         self.reset_parameters()
@@ -132,26 +132,20 @@ class OrthonormalRows(nn.Module):
         """R [r, d]."""
         return self._shared if self._shared is not None else orthonormal_rows((self,))[0]
 
-    def _cached(self) -> Tensor | None:
-        """R as it was computed, where nothing has changed since."""
-        if self._cache is None:
-            return None
-        key, X, R = self._cache
-        return R if X is self.X and key == self._key() else None
+    def _key(self) -> tuple[Any, ...] | None:
+        """Changes whenever X or the base may have changed. None where that would not be seen, and nothing is kept.
 
-    def _cacheable(self) -> bool:
-        """Whether a change of X would be seen: not of tensors made in inference mode.
-
-        Nor during and after the capture of a CUDA graph: the graph must hold R's own computation, and its replays
-        may write X without a trace.
+        It is not seen of tensors made in inference mode, nor during and after the capture of a CUDA graph: the graph
+        must hold R's own computation, and its replays may write X without a trace.
         """
-        if self.X.is_cuda and torch.cuda.is_current_stream_capturing():
+        X, B, signs = self._parameters["X"], self._buffers["reflectors"], self._buffers["signs"]
+        assert X is not None
+        assert B is not None
+        assert signs is not None
+        if X.is_cuda and torch.cuda.is_current_stream_capturing():
             self._captured, self._cache = True, None
-        return not (self._captured or any(t.is_inference() for t in (self.X, self.reflectors, self.signs)))
-
-    def _key(self) -> tuple[Any, ...]:
-        """Changes whenever X or the base may have changed."""
-        X, B, signs = self.X, self.reflectors, self.signs
+        if self._captured or X.is_inference() or B.is_inference() or signs.is_inference():
+            return None
         if type(X) is nn.Parameter:  # whoever made it
             X.__class__ = WatchedParameter
         return (
@@ -179,6 +173,12 @@ class OrthonormalRows(nn.Module):
         return f"d={self.d}, r={self.r}"
 
 
+class _Cache(NamedTuple):
+    key: tuple[Any, ...]
+    X: nn.Parameter
+    R: Tensor
+
+
 def orthonormal_rows(modules: Sequence[OrthonormalRows]) -> list[Tensor]:
     """R [r, d] of each module, in one launch forward and one backward for all whose R is not known.
 
@@ -195,16 +195,22 @@ def orthonormal_rows(modules: Sequence[OrthonormalRows]) -> list[Tensor]:
     """
     if torch.compiler.is_compiling():
         return _traced(modules)
+    keys = [module._key() for module in modules]
     found: list[Tensor | None] = []
-    stale: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, module in enumerate(modules):
-        R = module._cached() if module._cacheable() else None
-        found.append(R)
-        if R is None:
-            stale.setdefault((module.X.device, module.X.dtype), []).append(i)
-    for members in stale.values():
-        for i, R in zip(members, _computed([modules[i] for i in members]), strict=True):
-            found[i] = R
+    stale: dict[tuple[torch.device, torch.dtype], dict[int, OrthonormalRows]] = {}
+    for module, key in zip(modules, keys, strict=True):
+        cache, X = module._cache, module._parameters["X"]
+        fresh = cache is not None and key is not None and cache.X is X and cache.key == key
+        found.append(cache.R if fresh and cache is not None else None)
+        if not fresh and X is not None:
+            stale.setdefault((X.device, X.dtype), {})[id(module)] = module
+    if stale:
+        new = {id(m): R for ms in stale.values() for m, R in zip(ms.values(), _computed([*ms.values()]), strict=True)}
+        for i, (module, key) in enumerate(zip(modules, keys, strict=True)):
+            if found[i] is None:
+                found[i] = R = new[id(module)]
+                X = module._parameters["X"]
+                module.__dict__["_cache"] = None if key is None or X is None else _Cache(key, X, R)
     return [R for R in found if R is not None]
 
 
@@ -214,38 +220,32 @@ def shared_rows(modules: Iterable[OrthonormalRows]) -> Iterator[None]:
     chosen = list(modules)
     try:
         for module, R in zip(chosen, orthonormal_rows(chosen), strict=True):
-            module._shared = R
+            module.__dict__["_shared"] = R
         yield
     finally:
         for module in chosen:
-            module._shared = None
+            module.__dict__["_shared"] = None
 
 
 def _computed(modules: Sequence[OrthonormalRows]) -> Sequence[Tensor]:
-    """R of modules on one device and of one dtype, which keep it where they can."""
-    twins = {id(module): module for module in modules}
-    alone = list(twins.values())
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast(alone[0].X.device):
-        wide = torch.promote_types(alone[0].X.dtype, torch.float32)
+    """R of modules on one device and of one dtype."""
+    X = [module.X for module in modules]
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(X[0].device):
+        wide = torch.promote_types(X[0].dtype, torch.float32)
         problem = OrthonormalProblem(
-            tuple(_dense(module.X, wide) for module in alone),
-            tuple(_dense(module.reflectors, wide) for module in alone),
-            tuple(_dense(module.signs, wide) for module in alone),
+            tuple(_dense(x.detach(), wide) for x in X),
+            tuple(_dense(module.reflectors, wide) for module in modules),
+            tuple(_dense(module.signs, wide) for module in modules),
         )
-        if any(module.X.requires_grad for module in alone):
-            R = _OrthonormalRowsFunction.apply(problem, *(module.X for module in alone))
-        else:
-            R = choose("auto", problem).orthonormalize_forward(problem)[0]
-    for module, rows in zip(alone, R, strict=True):
-        if module._cacheable():
-            module._cache = (module._key(), module.X, rows)
-    of = {id(module): rows for module, rows in zip(alone, R, strict=True)}
-    return [of[id(module)] for module in modules]
+        if any(x.requires_grad for x in X):
+            R: tuple[Tensor, ...] = _OrthonormalRowsFunction.apply(problem, *X)
+            return R
+        return choose("auto", problem).orthonormalize_forward(problem)[0]
 
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Without autograd and contiguous: the tensor's own memory where it is."""
-    return tensor.detach().to(dtype).contiguous()
+    """The tensor itself where it is contiguous and of that dtype."""
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def _traced(modules: Sequence[OrthonormalRows]) -> list[Tensor]:
