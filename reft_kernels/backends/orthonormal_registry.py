@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from reft_kernels.backends import eager_orthonormal
+from reft_kernels.backends import eager_orthonormal, triton_orthonormal
 from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem, device_and_dtype
 
 
@@ -35,7 +35,7 @@ class OrthonormalBackend(Protocol):
         """Writes parameters, moments and steps; the norm of the gradients, float64 [], with ``max_norm``, else None."""
 
 
-BACKENDS: dict[str, OrthonormalBackend] = {"eager": eager_orthonormal}
+BACKENDS: dict[str, OrthonormalBackend] = {"eager": eager_orthonormal, "triton": triton_orthonormal}
 NAMES = ("auto", *BACKENDS)
 
 
