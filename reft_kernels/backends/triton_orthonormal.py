@@ -26,6 +26,7 @@ from reft_kernels.triton.interpreter import interpreted
 name = "triton"
 
 MAX_ELEMENTS = 2**31 - 1 - 2**20  # of a tensor: offsets within it are int32, those of a last tile too
+WARPS = 8
 _ALIGNMENT = 32  # elements between the starts of two outputs
 
 
@@ -38,8 +39,8 @@ class _Tiles(NamedTuple):
 
 
 _TILES = {
-    1: _Tiles(1, 512, 1024), 2: _Tiles(2, 512, 1024), 4: _Tiles(4, 256, 512), 8: _Tiles(8, 128, 512),
-    16: _Tiles(16, 128, 512), 32: _Tiles(32, 64, 512), 64: _Tiles(64, 32, 512),
+    1: _Tiles(1, 1024, 1024), 2: _Tiles(2, 512, 1024), 4: _Tiles(4, 256, 512), 8: _Tiles(8, 128, 512),
+    16: _Tiles(16, 64, 512), 32: _Tiles(32, 32, 512), 64: _Tiles(64, 16, 512),
 }  # fmt: skip
 MAX_RANK = max(_TILES)
 
@@ -109,7 +110,7 @@ def orthonormalize_forward(problem: OrthonormalProblem) -> tuple[tuple[Tensor, .
     scratch = factors.new_empty(len(p.X) * kernels.forward_scratch * squares)
     weights = R.new_empty(len(p.X) * 2 * squares)
     _launch(
-        kernels.forward, 3, batch.items, R.device,
+        kernels.forward, (1, 2, 3), batch.items, R.device,
         (batch.table, R, factors, partials, scratch, weights), (len(p.X), batch.items), batch.constants(),
     )  # fmt: skip
     return tuple(batch.output(R, i, transposed=True) for i in range(len(p.X))), factors
@@ -134,7 +135,7 @@ def orthonormalize_backward(
     scratch = factors.new_empty(len(members) * kernels.backward_scratch * squares)
     weights = dX.new_empty(len(members) * 4 * squares)
     _launch(
-        kernels.backward, 3, batch.items, dX.device,
+        kernels.backward, (1, 2, 3), batch.items, dX.device,
         (batch.table, device_table(pointers, dX.device), dX, factors, partials, scratch, weights),
         (len(members), batch.items), batch.constants(pointers),
     )  # fmt: skip
@@ -205,10 +206,10 @@ def stiefel_adamw_step(problem: StiefelProblem) -> Tensor | None:
     wide = {"dtype": torch.float64, "device": device}
     norm = torch.empty((), **wide) if p.max_norm is not None else None
     lr, lr_pointer = _scalar_or_pointer(p.lr, device)
-    phases = (0 if norm is None and not own else 1, 2, 3, *((4,) if own else ()))
-    phases += (5, 6) if own and tiles.BLOCK_R > 16 else ()
+    passes = 0 if not own else 2 if tiles.BLOCK_R > 16 else 1
+    phases = (*((1,) if own or norm is not None else ()), 2, 3, *(4, 5) * passes)
     _launch(
-        kernels.step, tuple(phase for phase in phases if phase), items, device,
+        kernels.step, phases, items, device,
         (
             table, device_table(gradients, device),
             torch.empty(items, **wide),
@@ -240,7 +241,7 @@ def stiefel_adamw_step(problem: StiefelProblem) -> Tensor | None:
 
 def _launch(
     kernel: Any,
-    phases: int | tuple[int, ...],
+    phases: tuple[int, ...],
     items: int,
     device: torch.device,
     tensors: tuple[Tensor | None, ...],
@@ -250,9 +251,9 @@ def _launch(
     """All phases as one cooperative launch, or in the interpreter one after the other."""
     programs = max(1, min(items, edits.resident_programs(device)))
     plain = interpreted() or edits._on_amd()
-    constants = {**constants, "FLOAT32_DOT": "ieee" if plain else "tf32x3", "num_warps": 8}
-    if isinstance(phases, int):
-        phases = tuple(range(1, phases + 1))
+    constants = {**constants, "FLOAT32_DOT": "ieee" if plain else "tf32x3", "num_warps": WARPS}
+    if not plain:
+        constants["maxnreg"] = min(255, 65536 // (32 * WARPS))
     with edits._on_device(tensors[0]):
         if interpreted():
             for phase in phases:

@@ -57,7 +57,7 @@ def length(table_ptr, ALIGNED: tl.constexpr):
 @triton.jit
 def gram(b_left, b_right, FLOAT32_DOT: tl.constexpr):
     """left^T right of tiles [D, R], their products added up in their own type, in float64."""
-    if b_left.shape[1] >= 16:
+    if b_left.shape[1] >= 32:  # smaller ones would leave most warps with the same products
         b_sum = tl.dot(tl.trans(b_left), b_right, input_precision=FLOAT32_DOT, out_dtype=b_left.dtype)
     else:
         b_sum = tl.sum(b_left[:, :, None] * b_right[:, None, :], axis=0)
@@ -81,17 +81,23 @@ def places(BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def total(partials_ptr, first, last, STRIDE: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The sum over the slabs first <= i < last, in order, of squares that lie STRIDE elements apart."""
-    b_sum = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float64)
-    for i in tl.range(first, last, num_stages=1):
-        b_sum += tl.load(partials_ptr + wide(i) * STRIDE + places(BLOCK_R))
-    return b_sum
+def sum_into(square_ptr, partials_ptr, first, last, STRIDE: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The sum over the slabs first <= i < last, in order, of squares that lie STRIDE elements apart; a few rows a step.
+
+    Other threads of the program see it after a ``tl.debug_barrier()``.
+    """
+    ROWS: tl.constexpr = min(BLOCK_R, 16)
+    o_rows = tl.arange(0, ROWS)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    for i_row in tl.range(0, BLOCK_R, ROWS, num_stages=1):
+        b_sum = tl.zeros([ROWS, BLOCK_R], dtype=tl.float64)
+        for i in tl.range(first, last, num_stages=1):
+            b_sum += tl.load(partials_ptr + wide(i) * STRIDE + i_row * BLOCK_R + o_rows)
+        tl.store(square_ptr + i_row * BLOCK_R + o_rows, b_sum)
 
 
 @triton.jit
-def product(left_ptr, right_ptr, LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr, BLOCK_R: tl.constexpr):
-    """left right of two squares of scratch memory, either of them transposed where LEFT_T or RIGHT_T.
+def product(left_ptr, right_ptr, r, LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr, BLOCK_R: tl.constexpr):
+    """left right of two squares of scratch memory that are zero from r on, transposed where LEFT_T or RIGHT_T.
 
     What other threads of the program stored there is seen after a ``tl.debug_barrier()``.
     """
@@ -102,7 +108,7 @@ def product(left_ptr, right_ptr, LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr, BL
     right_column: tl.constexpr = BLOCK_R if RIGHT_T else 1
     if BLOCK_R >= 16:
         b_sum = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float64)
-        for start in tl.range(0, BLOCK_R, 16, num_stages=1):
+        for start in tl.range(0, r, 16, num_stages=1):
             o_k = start + tl.arange(0, 16)
             b_left = tl.load(left_ptr + o_r[:, None] * left_row + o_k[None, :] * left_column)
             b_right = tl.load(right_ptr + o_k[:, None] * right_row + o_r[None, :] * right_column)

@@ -6,9 +6,9 @@
     P = (1 - lr decay) w - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
     w <- P, or (P P^T)^(-1/2) P where rows stay orthonormal (there without decay)
 
-Phases with grid barriers between them: 1, sums over the gradients; 2, the step, and P P^T of each slab; 3, the inverse
-roots, by one program for each R, and what counts steps; 4, R. High ranks go through 3 and 4 once more, as 5 and 6: one
-pass leaves float32 rows a few 1e-7 from orthonormal.
+Phases with grid barriers between them: 1, sums over the gradients; 2, the step, and P P^T of each slab; 3, what counts
+the steps, and 4, the inverse roots, by one program for each R; 5, R. High ranks go through 4 and 5 twice: one pass
+leaves their rows a few 1e-7 from orthonormal.
 
 The root is found by the coupled Newton-Schulz iteration (Higham, 2008, 6.35), in float64.
 """
@@ -16,7 +16,7 @@ The root is found by the coupled Newton-Schulz iteration (Higham, 2008, 6.35), i
 import triton
 import triton.language as tl
 
-from reft_kernels.triton.matrices import gram, length, meet, owner, places, pointer, product, times, total, wide
+from reft_kernels.triton.matrices import gram, length, meet, owner, places, pointer, product, sum_into, times, wide
 
 # Rows of the table.
 PARAMETER_POINTER = tl.constexpr(0)
@@ -31,7 +31,7 @@ FIRST_ORTHONORMAL_SLAB = tl.constexpr(8)  # number among the slabs of those
 WEIGHT_DECAY = tl.constexpr(9)  # the bits of a float64
 
 # Squares of scratch memory, for each matrix.
-SCRATCH = tl.constexpr(3)
+SCRATCH = tl.constexpr(5)
 
 MAX_ITERATIONS = tl.constexpr(30)
 # Where Z Y is this near to the identity, one more step leaves it within rounding.
@@ -81,43 +81,42 @@ def sum_of(values_ptr, first, last):
 
 
 @triton.jit
-def inverse_root(P_ptr, r, BLOCK_R: tl.constexpr):
-    """G^(-1/2) - I of the Gram matrix G in the first square of scratch memory, which it overwrites with two more."""
+def inverse_root(scratch_ptr, r, BLOCK_R: tl.constexpr):
+    """G^(-1/2) - I of the Gram matrix G in the first square of scratch memory, which is written over."""
     SQUARE: tl.constexpr = BLOCK_R * BLOCK_R
     o_r = tl.arange(0, BLOCK_R)
     o_rr = places(BLOCK_R)
-    b_eye = ((o_r[:, None] == o_r[None, :]) & (o_r < r)[None, :]).to(tl.float64)
-    Y_ptr = P_ptr
-    Z_ptr = P_ptr + SQUARE
-    step_ptr = P_ptr + 2 * SQUARE
-    b_G = tl.load(Y_ptr + o_rr)
+    m_eye = (o_r[:, None] == o_r[None, :]) & (o_r < r)[None, :]
+    b_G = tl.load(scratch_ptr + o_rr)
     scale = tl.max(tl.sum(tl.abs(b_G), axis=1), axis=0)  # an upper bound of the eigenvalues
     tl.debug_barrier()
-    tl.store(Y_ptr + o_rr, b_G / scale)
-    tl.store(Z_ptr + o_rr, b_eye)
+    tl.store(scratch_ptr + o_rr, b_G / scale)
+    tl.store(scratch_ptr + SQUARE + o_rr, m_eye.to(tl.float64))
+    step_ptr = scratch_ptr + 4 * SQUARE
     i = 0
     more = scale > 0
     while more:
+        Y_ptr = scratch_ptr + (i % 2) * (2 * SQUARE)
+        next_ptr = scratch_ptr + (1 - i % 2) * (2 * SQUARE)
         tl.debug_barrier()
-        b_off = b_eye - product(Z_ptr, Y_ptr, False, False, BLOCK_R)
-        tl.store(step_ptr + o_rr, b_eye + b_off / 2)
+        b_ZY = product(Y_ptr + SQUARE, Y_ptr, r, False, False, BLOCK_R)
+        tl.store(step_ptr + o_rr, tl.where(m_eye, 1.5, 0) - b_ZY / 2)
+        off = tl.max(tl.max(tl.abs(tl.where(m_eye, 1, 0) - b_ZY), axis=1), axis=0)
         tl.debug_barrier()
-        b_Y = product(Y_ptr, step_ptr, False, False, BLOCK_R)
-        b_Z = product(step_ptr, Z_ptr, False, False, BLOCK_R)
-        tl.debug_barrier()
-        tl.store(Y_ptr + o_rr, b_Y)
-        tl.store(Z_ptr + o_rr, b_Z)
+        tl.store(next_ptr + o_rr, product(Y_ptr, step_ptr, r, False, False, BLOCK_R))
+        tl.store(next_ptr + SQUARE + o_rr, product(step_ptr, Y_ptr + SQUARE, r, False, False, BLOCK_R))
         i += 1
-        more = (tl.max(tl.max(tl.abs(b_off), axis=1), axis=0) > NEAR) & (i < MAX_ITERATIONS)
+        more = (off > NEAR) & (i < MAX_ITERATIONS)
     tl.debug_barrier()
-    return tl.load(Z_ptr + o_rr) / tl.sqrt(scale) - b_eye
+    b_Z = tl.load(scratch_ptr + (i % 2) * (2 * SQUARE) + SQUARE + o_rr)
+    return b_Z / tl.sqrt(scale) - tl.where(m_eye, 1, 0)
 
 
 @triton.jit
 def store_roots(
     table_ptr, goes_ptr, grams_ptr, scratch_ptr, roots_ptr, n, SLAB_D: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """Phases 3 and 5: the inverse root of each Gram matrix, less the identity."""
+    """Phase 4: the inverse root of each Gram matrix, less the identity."""
     SQUARE: tl.constexpr = BLOCK_R * BLOCK_R
     o_rr = places(BLOCK_R)
     for i in range(tl.program_id(0), n, tl.num_programs(0)):
@@ -127,7 +126,7 @@ def store_roots(
             first = tl.load(table_ptr + FIRST_ORTHONORMAL_SLAB * n + i).to(tl.int32)
             last = first + tl.cdiv(tl.load(table_ptr + D * n + i).to(tl.int32), SLAB_D)
             own_scratch = scratch_ptr + own * (SCRATCH * SQUARE)
-            tl.store(own_scratch + o_rr, total(grams_ptr, first, last, SQUARE, BLOCK_R))
+            sum_into(own_scratch, grams_ptr, first, last, SQUARE, BLOCK_R)
             tl.debug_barrier()
             b_root = inverse_root(own_scratch, r, BLOCK_R)
             tl.store(roots_ptr + own * SQUARE + o_rr, b_root.to(roots_ptr.dtype.element_ty))
@@ -135,11 +134,11 @@ def store_roots(
 
 @triton.jit
 def retract(
-    table_ptr, goes_ptr, grams_ptr, roots_ptr, n, n_items,
+    table_ptr, goes_ptr, grams_ptr, roots_ptr, n, n_items, again,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SLAB: tl.constexpr, SLAB_D: tl.constexpr,
-    ALIGNED: tl.constexpr, AGAIN: tl.constexpr, FLOAT32_DOT: tl.constexpr,
+    ALIGNED: tl.constexpr, FLOAT32_DOT: tl.constexpr,
 ):  # fmt: skip
-    """Phases 4 and 6: R = P + (root - I) P; if AGAIN its Gram matrix, too, slab by slab."""
+    """Phase 5: R = P + (root - I) P; if ``again`` its Gram matrix, too, slab by slab."""
     dtype: tl.constexpr = roots_ptr.dtype.element_ty
     SQUARE: tl.constexpr = BLOCK_R * BLOCK_R
     o_rr = places(BLOCK_R)
@@ -148,15 +147,18 @@ def retract(
         if (r > 0) & (tl.load(goes_ptr + i) != 0):
             parameter_ptr = pointer(table_ptr + PARAMETER_POINTER * n + i, dtype, ALIGNED)
             b_root = tl.load(roots_ptr + tl.load(table_ptr + ORTHONORMAL * n + i) * SQUARE + o_rr)
-            b_gram = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float64)
             for i_d in tl.range(start, end, BLOCK_D, num_stages=1):
                 o_tile, m_tile = tile_of(i_d, r, d, BLOCK_R, BLOCK_D)
                 b_P = tl.trans(tl.load(parameter_ptr + o_tile, mask=m_tile, other=0))
                 b_P += times(b_P, b_root, FLOAT32_DOT)
-                if AGAIN:
-                    b_gram += gram(b_P, b_P, FLOAT32_DOT)
                 tl.store(parameter_ptr + o_tile, tl.trans(b_P), mask=m_tile)
-            if AGAIN:
+            if again:
+                tl.debug_barrier()
+                b_gram = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float64)
+                for i_d in tl.range(start, end, BLOCK_D, num_stages=1):
+                    o_tile, m_tile = tile_of(i_d, r, d, BLOCK_R, BLOCK_D)
+                    b_P = tl.trans(tl.load(parameter_ptr + o_tile, mask=m_tile, other=0))
+                    b_gram += gram(b_P, b_P, FLOAT32_DOT)
                 slab = tl.load(table_ptr + FIRST_ORTHONORMAL_SLAB * n + i) + start // SLAB_D
                 tl.store(grams_ptr + slab * SQUARE + o_rr, b_gram)
 
@@ -189,7 +191,7 @@ def stiefel_adamw_kernel(
     CLIP: tl.constexpr,
     RIEMANNIAN: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    PHASE: tl.constexpr,  # 0: all; 1 to 6: that one alone, for the interpreter, which runs programs in turn
+    PHASE: tl.constexpr,  # 0: all; 1 to 5: that one alone, for the interpreter, which runs programs in turn
     FLOAT32_DOT: tl.constexpr,  # how tl.dot multiplies float32
 ):  # fmt: skip
     """One step; the formulas stand at the top of this file.
@@ -270,8 +272,12 @@ def stiefel_adamw_kernel(
             if RIEMANNIAN:
                 if r > 0:
                     first = tl.load(table_ptr + FIRST_ORTHONORMAL_SLAB * n + i).to(tl.int32)
-                    b_tangent = total(tangents_ptr, first, first + tl.cdiv(d, SLAB_D), SQUARE, BLOCK_R)
-                    b_sym = ((b_tangent + tl.trans(b_tangent)) * (clip / 2)).to(dtype)
+                    tangent_ptr = grams_ptr + wide(first + start // SLAB_D) * SQUARE  # written anew below
+                    sum_into(tangent_ptr, tangents_ptr, first, first + tl.cdiv(d, SLAB_D), SQUARE, BLOCK_R)
+                    tl.debug_barrier()
+                    b_twice = tl.load(tangent_ptr + o_rr) + tl.load(tangent_ptr + tl.trans(o_rr))
+                    b_sym = (b_twice * (clip / 2)).to(dtype)
+                    tl.debug_barrier()
             b_gram = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float64)
             if goes:
                 for i_tile in tl.range(start, end, tl.where(r > 0, BLOCK_D, TILE), num_stages=1):
@@ -308,26 +314,18 @@ def stiefel_adamw_kernel(
         for i in range(tl.program_id(0), n, tl.num_programs(0)):
             step_ptr = pointer(table_ptr + STEP_POINTER * n + i, tl.float32, False)
             tl.store(step_ptr, tl.load(step_ptr) + tl.load(goes_ptr + i))
-        if ANY_ORTHONORMAL:
-            store_roots(table_ptr, goes_ptr, grams_ptr, scratch_ptr, roots_ptr, n, SLAB_D, BLOCK_R)
     if ANY_ORTHONORMAL:
-        TWO_PASSES: tl.constexpr = BLOCK_R > 16
-        if PHASE == 0:
-            meet(barrier_ptr)
-        if PHASE == 0 or PHASE == 4:
-            retract(
-                table_ptr, goes_ptr, grams_ptr, roots_ptr, n, n_items,
-                BLOCK_R, BLOCK_D, SLAB, SLAB_D, ALIGNED, TWO_PASSES, FLOAT32_DOT,
-            )  # fmt: skip
-        if TWO_PASSES:
-            if PHASE == 0:
-                meet(barrier_ptr)
-            if PHASE == 0 or PHASE == 5:
+        PASSES: tl.constexpr = 2 if BLOCK_R > 16 else 1
+        for i_pass in range(PASSES if PHASE == 0 else 1):
+            if PHASE == 0 or PHASE == 4:
                 store_roots(table_ptr, goes_ptr, grams_ptr, scratch_ptr, roots_ptr, n, SLAB_D, BLOCK_R)
             if PHASE == 0:
                 meet(barrier_ptr)
-            if PHASE == 0 or PHASE == 6:
+            if PHASE == 0 or PHASE == 5:
                 retract(
-                    table_ptr, goes_ptr, grams_ptr, roots_ptr, n, n_items,
-                    BLOCK_R, BLOCK_D, SLAB, SLAB_D, ALIGNED, False, FLOAT32_DOT,
+                    table_ptr, goes_ptr, grams_ptr, roots_ptr, n, n_items, i_pass + 1 < PASSES,
+                    BLOCK_R, BLOCK_D, SLAB, SLAB_D, ALIGNED, FLOAT32_DOT,
                 )  # fmt: skip
+            if PHASE == 0:
+                if i_pass + 1 < PASSES:
+                    meet(barrier_ptr)
