@@ -110,8 +110,8 @@ def orthonormalize_forward(problem: OrthonormalProblem) -> tuple[tuple[Tensor, .
     scratch = factors.new_empty(len(p.X) * kernels.forward_scratch * squares)
     weights = R.new_empty(len(p.X) * 2 * squares)
     _launch(
-        kernels.forward, (1, 2, 3), batch.items, R.device,
-        (batch.table, R, factors, partials, scratch, weights), (len(p.X), batch.items), batch.constants(),
+        kernels.forward, _phases(), batch.items, batch.table,
+        (R, factors, partials, scratch, weights), (len(p.X), batch.items), batch.constants(),
     )  # fmt: skip
     return tuple(batch.output(R, i, transposed=True) for i in range(len(p.X))), factors
 
@@ -135,8 +135,8 @@ def orthonormalize_backward(
     scratch = factors.new_empty(len(members) * kernels.backward_scratch * squares)
     weights = dX.new_empty(len(members) * 4 * squares)
     _launch(
-        kernels.backward, (1, 2, 3), batch.items, dX.device,
-        (batch.table, device_table(pointers, dX.device), dX, factors, partials, scratch, weights),
+        kernels.backward, _phases(), batch.items, batch.table,
+        (device_table(pointers, dX.device), dX, factors, partials, scratch, weights),
         (len(members), batch.items), batch.constants(pointers),
     )  # fmt: skip
     for number, i in enumerate(members):
@@ -203,19 +203,25 @@ def stiefel_adamw_step(problem: StiefelProblem) -> Tensor | None:
     )  # fmt: skip
     table = device_table([value for field in fields for value in field], device)
     items, squares = sum(slabs), tiles.BLOCK_R**2
-    wide = {"dtype": torch.float64, "device": device}
-    norm = torch.empty((), **wide) if p.max_norm is not None else None
+    double = functools.partial(torch.empty, dtype=torch.float64, device=device)
+    norm = double(()) if p.max_norm is not None else None
     lr, lr_pointer = _scalar_or_pointer(p.lr, device)
     passes = 0 if not own else 2 if tiles.BLOCK_R > 16 else 1
-    phases = (*((1,) if own or norm is not None else ()), 2, 3, *(4, 5) * passes)
+    first = 1 if own or norm is not None else 2
+    if interpreted():
+        launches = [(phase, phase) for phase in (*range(first, 4), *(4, 5) * passes)]
+    elif tiles.BLOCK_R <= 32:
+        launches = [(first, 5 if own else 3)]
+    else:
+        launches = [(first, 3), (4, 5)]
     _launch(
-        kernels.step, phases, items, device,
+        kernels.step, [{"FIRST_PHASE": begin, "LAST_PHASE": end} for begin, end in launches], items, table,
         (
-            table, device_table(gradients, device),
-            torch.empty(items, **wide),
-            torch.empty(sum(own_slabs) * squares if p.riemannian else 0, **wide),
-            torch.empty(sum(own_slabs) * squares, **wide),
-            torch.empty(len(own) * kernels.step_scratch * squares, **wide),
+            device_table(gradients, device),
+            double(items),
+            double(sum(own_slabs) * squares if p.riemannian else 0),
+            double(sum(own_slabs) * squares),
+            double(len(own) * kernels.step_scratch * squares),
             torch.empty(len(own) * squares, dtype=dtype, device=device),
             torch.empty(n, dtype=torch.int32, device=device),
             norm, lr_pointer, p.grad_scale, p.found_inf,
@@ -232,6 +238,7 @@ def stiefel_adamw_step(problem: StiefelProblem) -> Tensor | None:
             "CLIP": norm is not None,
             "RIEMANNIAN": p.riemannian and bool(own),
             "MAXIMIZE": p.maximize,
+            "PASSES": passes,
         },
     )  # fmt: skip
     written = (*p.parameters, *p.exp_avgs, *p.exp_avg_sqs, *p.steps)
@@ -239,30 +246,32 @@ def stiefel_adamw_step(problem: StiefelProblem) -> Tensor | None:
     return norm
 
 
+def _phases() -> list[dict[str, int]]:
+    """One launch for all three phases, or in the interpreter one for each."""
+    return [{"PHASE": phase} for phase in ((1, 2, 3) if interpreted() else (0,))]
+
+
 def _launch(
     kernel: Any,
-    phases: tuple[int, ...],
+    launches: Sequence[dict[str, int]],
     items: int,
-    device: torch.device,
+    table: Tensor,
     tensors: tuple[Tensor | None, ...],
     scalars: tuple[int, ...],
     constants: dict[str, Any],
 ) -> None:
-    """All phases as one cooperative launch, or in the interpreter one after the other."""
-    programs = max(1, min(items, edits.resident_programs(device)))
+    """Launches with the same arguments but for the phases; cooperative ones, but in the interpreter."""
+    programs = max(1, min(items, edits.resident_programs(table.device)))
     plain = interpreted() or edits._on_amd()
+    word = None if interpreted() else barrier_word(table.device)
     constants = {**constants, "FLOAT32_DOT": "ieee" if plain else "tf32x3", "num_warps": WARPS}
     if not plain:
         constants["maxnreg"] = min(255, 65536 // (32 * WARPS))
-    with edits._on_device(tensors[0]):
-        if interpreted():
-            for phase in phases:
-                kernel[(programs,)](*tensors, None, *scalars, **constants, PHASE=phase)
-        else:
-            kernel[(programs,)](
-                *tensors, barrier_word(device), *scalars, **constants, PHASE=0,
-                launch_cooperative_grid=True, enable_fp_fusion=True,
-            )  # fmt: skip
+    if not interpreted():
+        constants |= {"launch_cooperative_grid": True, "enable_fp_fusion": True}
+    with edits._on_device(table):
+        for phases in launches:
+            kernel[(programs,)](table, *tensors, word, *scalars, **constants, **phases)
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

@@ -101,20 +101,29 @@ def product(left_ptr, right_ptr, r, LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
 
     What other threads of the program stored there is seen after a ``tl.debug_barrier()``.
     """
+    return product_columns(left_ptr, right_ptr, r, LEFT_T, RIGHT_T, BLOCK_R, BLOCK_R)
+
+
+@triton.jit
+def product_columns(
+    left_ptr, right_ptr, r, LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr, BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The first COLUMNS columns of :func:`product`."""
     o_r = tl.arange(0, BLOCK_R)
+    o_c = tl.arange(0, COLUMNS)
     left_row: tl.constexpr = 1 if LEFT_T else BLOCK_R
     left_column: tl.constexpr = BLOCK_R if LEFT_T else 1
     right_row: tl.constexpr = 1 if RIGHT_T else BLOCK_R
     right_column: tl.constexpr = BLOCK_R if RIGHT_T else 1
     if BLOCK_R >= 16:
-        b_sum = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float64)
+        b_sum = tl.zeros([BLOCK_R, COLUMNS], dtype=tl.float64)
         for start in tl.range(0, r, 16, num_stages=1):
             o_k = start + tl.arange(0, 16)
             b_left = tl.load(left_ptr + o_r[:, None] * left_row + o_k[None, :] * left_column)
-            b_right = tl.load(right_ptr + o_k[:, None] * right_row + o_r[None, :] * right_column)
+            b_right = tl.load(right_ptr + o_k[:, None] * right_row + o_c[None, :] * right_column)
             b_sum = tl.dot(b_left, b_right, b_sum, out_dtype=tl.float64)
         return b_sum
     else:
         b_left = tl.load(left_ptr + o_r[:, None] * left_row + o_r[None, :] * left_column)
-        b_right = tl.load(right_ptr + o_r[:, None] * right_row + o_r[None, :] * right_column)
+        b_right = tl.load(right_ptr + o_r[:, None] * right_row + o_c[None, :] * right_column)
         return tl.sum(b_left[:, :, None] * b_right[None, :, :], axis=1)

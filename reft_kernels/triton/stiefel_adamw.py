@@ -1,4 +1,4 @@
-"""AdamW of many tensors in one cooperative launch, with matrices [r, d] whose rows stay orthonormal among them.
+"""AdamW of many tensors in one cooperative launch or two, with matrices [r, d] whose rows stay orthonormal among them.
 
     g <- clip / grad_scale * gradient      (negative where the objective is maximized)
     g <- g - sym(g R^T) R                  (of R, if RIEMANNIAN)
@@ -8,7 +8,7 @@
 
 Phases with grid barriers between them: 1, sums over the gradients; 2, the step, and P P^T of each slab; 3, what counts
 the steps, and 4, the inverse roots, by one program for each R; 5, R. High ranks go through 4 and 5 twice: one pass
-leaves their rows a few 1e-7 from orthonormal.
+leaves their rows a few 1e-7 from orthonormal. The highest have one more launch for 4 and 5, for want of registers.
 
 The root is found by the coupled Newton-Schulz iteration (Higham, 2008, 6.35), in float64.
 """
@@ -16,7 +16,18 @@ The root is found by the coupled Newton-Schulz iteration (Higham, 2008, 6.35), i
 import triton
 import triton.language as tl
 
-from reft_kernels.triton.matrices import gram, length, meet, owner, places, pointer, product, sum_into, times, wide
+from reft_kernels.triton.matrices import (
+    gram,
+    length,
+    meet,
+    owner,
+    places,
+    pointer,
+    product_columns,
+    sum_into,
+    times,
+    wide,
+)
 
 # Rows of the table.
 PARAMETER_POINTER = tl.constexpr(0)
@@ -81,44 +92,60 @@ def sum_of(values_ptr, first, last):
 
 
 @triton.jit
-def inverse_root(scratch_ptr, r, BLOCK_R: tl.constexpr):
+def eye(i_column, r, BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of the identity [r, r], padded with zeros, in float64."""
+    o_r = tl.arange(0, BLOCK_R)[:, None]
+    o_c = i_column + tl.arange(0, COLUMNS)[None, :]
+    return ((o_r == o_c) & (o_r < r)).to(tl.float64)
+
+
+@triton.jit
+def store_inverse_root(root_ptr, scratch_ptr, r, BLOCK_R: tl.constexpr):
     """G^(-1/2) - I of the Gram matrix G in the first square of scratch memory, which is written over."""
     SQUARE: tl.constexpr = BLOCK_R * BLOCK_R
-    o_r = tl.arange(0, BLOCK_R)
-    o_rr = places(BLOCK_R)
-    m_eye = (o_r[:, None] == o_r[None, :]) & (o_r < r)[None, :]
-    b_G = tl.load(scratch_ptr + o_rr)
-    scale = tl.max(tl.sum(tl.abs(b_G), axis=1), axis=0)  # an upper bound of the eigenvalues
+    COLUMNS: tl.constexpr = min(BLOCK_R, 16)  # a step
+    o_rc = tl.arange(0, BLOCK_R)[:, None] * BLOCK_R + tl.arange(0, COLUMNS)[None, :]
+    b_sums = tl.zeros([BLOCK_R], dtype=tl.float64)
+    for i_c in tl.range(0, BLOCK_R, COLUMNS, num_stages=1):
+        b_sums += tl.sum(tl.abs(tl.load(scratch_ptr + i_c + o_rc)), axis=1)
+    scale = tl.max(b_sums, axis=0)  # an upper bound of the eigenvalues
     tl.debug_barrier()
-    tl.store(scratch_ptr + o_rr, b_G / scale)
-    tl.store(scratch_ptr + SQUARE + o_rr, m_eye.to(tl.float64))
+    for i_c in tl.range(0, BLOCK_R, COLUMNS, num_stages=1):
+        tl.store(scratch_ptr + i_c + o_rc, tl.load(scratch_ptr + i_c + o_rc) / scale)
+        tl.store(scratch_ptr + SQUARE + i_c + o_rc, eye(i_c, r, BLOCK_R, COLUMNS))
     step_ptr = scratch_ptr + 4 * SQUARE
     i = 0
     more = scale > 0
     while more:
         Y_ptr = scratch_ptr + (i % 2) * (2 * SQUARE)
+        Z_ptr = Y_ptr + SQUARE
         next_ptr = scratch_ptr + (1 - i % 2) * (2 * SQUARE)
         tl.debug_barrier()
-        b_ZY = product(Y_ptr + SQUARE, Y_ptr, r, False, False, BLOCK_R)
-        tl.store(step_ptr + o_rr, tl.where(m_eye, 1.5, 0) - b_ZY / 2)
-        off = tl.max(tl.max(tl.abs(tl.where(m_eye, 1, 0) - b_ZY), axis=1), axis=0)
+        off = tl.full((), 0, dtype=tl.float64)
+        for i_c in tl.range(0, BLOCK_R, COLUMNS, num_stages=1):
+            b_off = eye(i_c, r, BLOCK_R, COLUMNS)
+            b_off -= product_columns(Z_ptr, Y_ptr + i_c, r, False, False, BLOCK_R, COLUMNS)
+            off = tl.maximum(off, tl.max(tl.max(tl.abs(b_off), axis=1), axis=0))
+            tl.store(step_ptr + i_c + o_rc, eye(i_c, r, BLOCK_R, COLUMNS) + b_off / 2)
         tl.debug_barrier()
-        tl.store(next_ptr + o_rr, product(Y_ptr, step_ptr, r, False, False, BLOCK_R))
-        tl.store(next_ptr + SQUARE + o_rr, product(step_ptr, Y_ptr + SQUARE, r, False, False, BLOCK_R))
+        for i_c in tl.range(0, BLOCK_R, COLUMNS, num_stages=1):
+            b_Y = product_columns(Y_ptr, step_ptr + i_c, r, False, False, BLOCK_R, COLUMNS)
+            tl.store(next_ptr + i_c + o_rc, b_Y)
+            b_Z = product_columns(step_ptr, Z_ptr + i_c, r, False, False, BLOCK_R, COLUMNS)
+            tl.store(next_ptr + SQUARE + i_c + o_rc, b_Z)
         i += 1
         more = (off > NEAR) & (i < MAX_ITERATIONS)
     tl.debug_barrier()
-    b_Z = tl.load(scratch_ptr + (i % 2) * (2 * SQUARE) + SQUARE + o_rr)
-    return b_Z / tl.sqrt(scale) - tl.where(m_eye, 1, 0)
+    Z_ptr = scratch_ptr + (i % 2) * (2 * SQUARE) + SQUARE
+    for i_c in tl.range(0, BLOCK_R, COLUMNS, num_stages=1):
+        b_root = tl.load(Z_ptr + i_c + o_rc) / tl.sqrt(scale) - eye(i_c, r, BLOCK_R, COLUMNS)
+        tl.store(root_ptr + i_c + o_rc, b_root.to(root_ptr.dtype.element_ty))
 
 
 @triton.jit
-def store_roots(
-    table_ptr, goes_ptr, grams_ptr, scratch_ptr, roots_ptr, n, SLAB_D: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
+def store_roots(table_ptr, goes_ptr, grams_ptr, scratch_ptr, roots_ptr, n, SLAB_D: tl.constexpr, BLOCK_R: tl.constexpr):
     """Phase 4: the inverse root of each Gram matrix, less the identity."""
     SQUARE: tl.constexpr = BLOCK_R * BLOCK_R
-    o_rr = places(BLOCK_R)
     for i in range(tl.program_id(0), n, tl.num_programs(0)):
         r = tl.load(table_ptr + R * n + i).to(tl.int32)
         if (r > 0) & (tl.load(goes_ptr + i) != 0):
@@ -128,8 +155,7 @@ def store_roots(
             own_scratch = scratch_ptr + own * (SCRATCH * SQUARE)
             sum_into(own_scratch, grams_ptr, first, last, SQUARE, BLOCK_R)
             tl.debug_barrier()
-            b_root = inverse_root(own_scratch, r, BLOCK_R)
-            tl.store(roots_ptr + own * SQUARE + o_rr, b_root.to(roots_ptr.dtype.element_ty))
+            store_inverse_root(roots_ptr + own * SQUARE, own_scratch, r, BLOCK_R)
 
 
 @triton.jit
@@ -163,7 +189,10 @@ def retract(
                 tl.store(grams_ptr + slab * SQUARE + o_rr, b_gram)
 
 
-@triton.jit(do_not_specialize=["n", "n_items", "lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "max_norm"])
+@triton.jit(
+    do_not_specialize=["n", "n_items", "lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "max_norm"],
+    do_not_specialize_on_alignment=["lr_ptr", "grad_scale_ptr", "found_inf_ptr"],
+)
 def stiefel_adamw_kernel(
     table_ptr,  # int64 [10, n]
     gradients_ptr,  # int64 [n]: pointers
@@ -191,7 +220,9 @@ def stiefel_adamw_kernel(
     CLIP: tl.constexpr,
     RIEMANNIAN: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    PHASE: tl.constexpr,  # 0: all; 1 to 5: that one alone, for the interpreter, which runs programs in turn
+    PASSES: tl.constexpr,  # of the retraction
+    FIRST_PHASE: tl.constexpr,  # from 1
+    LAST_PHASE: tl.constexpr,  # to 5; each alone in the interpreter, which runs programs in turn
     FLOAT32_DOT: tl.constexpr,  # how tl.dot multiplies float32
 ):  # fmt: skip
     """One step; the formulas stand at the top of this file.
@@ -208,7 +239,7 @@ def stiefel_adamw_kernel(
         gain = 1 / tl.load(grad_scale_ptr).to(tl.float64)
 
     if CLIP or ANY_ORTHONORMAL:
-        if PHASE == 0 or PHASE == 1:
+        if FIRST_PHASE == 1:
             for i_item in range(tl.program_id(0), n_items, tl.num_programs(0)):
                 i, r, d, start, end = slab_of(table_ptr, i_item, n, SLAB, SLAB_D, ALIGNED)
                 gradient_ptr = pointer(gradients_ptr + i, dtype, ALIGNED)
@@ -229,10 +260,10 @@ def stiefel_adamw_kernel(
                     if r > 0:
                         slab = tl.load(table_ptr + FIRST_ORTHONORMAL_SLAB * n + i) + start // SLAB_D
                         tl.store(tangents_ptr + slab * SQUARE + o_rr, b_tangent)
-        if PHASE == 0:
+        if FIRST_PHASE == 1 and LAST_PHASE > 1:
             meet(barrier_ptr)
 
-    if PHASE == 0 or PHASE == 2:
+    if FIRST_PHASE <= 2 and LAST_PHASE >= 2:
         rate = real(lr)
         if lr_ptr is not None:
             rate = tl.load(lr_ptr).to(tl.float64)
@@ -272,7 +303,7 @@ def stiefel_adamw_kernel(
             if RIEMANNIAN:
                 if r > 0:
                     first = tl.load(table_ptr + FIRST_ORTHONORMAL_SLAB * n + i).to(tl.int32)
-                    tangent_ptr = grams_ptr + wide(first + start // SLAB_D) * SQUARE  # written anew below
+                    tangent_ptr = grams_ptr + wide(first + start // SLAB_D) * SQUARE  # in the place of the slab's P P^T
                     sum_into(tangent_ptr, tangents_ptr, first, first + tl.cdiv(d, SLAB_D), SQUARE, BLOCK_R)
                     tl.debug_barrier()
                     b_twice = tl.load(tangent_ptr + o_rr) + tl.load(tangent_ptr + tl.trans(o_rr))
@@ -307,25 +338,24 @@ def stiefel_adamw_kernel(
                     tl.store(grams_ptr + slab * SQUARE + o_rr, b_gram)
             if start == 0:
                 tl.store(goes_ptr + i, goes.to(tl.int32))
-    if PHASE == 0:
+    if FIRST_PHASE <= 2 and LAST_PHASE > 2:
         meet(barrier_ptr)
 
-    if PHASE == 0 or PHASE == 3:
+    if FIRST_PHASE <= 3 and LAST_PHASE >= 3:
         for i in range(tl.program_id(0), n, tl.num_programs(0)):
             step_ptr = pointer(table_ptr + STEP_POINTER * n + i, tl.float32, False)
             tl.store(step_ptr, tl.load(step_ptr) + tl.load(goes_ptr + i))
-    if ANY_ORTHONORMAL:
-        PASSES: tl.constexpr = 2 if BLOCK_R > 16 else 1
-        for i_pass in range(PASSES if PHASE == 0 else 1):
-            if PHASE == 0 or PHASE == 4:
+    if ANY_ORTHONORMAL and LAST_PHASE > 3:
+        for i_pass in range(PASSES if FIRST_PHASE < LAST_PHASE else 1):
+            if FIRST_PHASE <= 4:
                 store_roots(table_ptr, goes_ptr, grams_ptr, scratch_ptr, roots_ptr, n, SLAB_D, BLOCK_R)
-            if PHASE == 0:
+            if FIRST_PHASE < LAST_PHASE:
                 meet(barrier_ptr)
-            if PHASE == 0 or PHASE == 5:
+            if LAST_PHASE == 5:
                 retract(
                     table_ptr, goes_ptr, grams_ptr, roots_ptr, n, n_items, i_pass + 1 < PASSES,
                     BLOCK_R, BLOCK_D, SLAB, SLAB_D, ALIGNED, FLOAT32_DOT,
                 )  # fmt: skip
-            if PHASE == 0:
+            if FIRST_PHASE < LAST_PHASE:
                 if i_pass + 1 < PASSES:
                     meet(barrier_ptr)
