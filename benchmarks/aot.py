@@ -145,7 +145,7 @@ def compile_matrices(r: int, arch: str) -> list[Report]:
     case = Case(r=r, h="float32")
     edits_alone = dict.fromkeys(("activation", "subtract", "positions", "group", "dropout", "rebuild"), "")
     reports = []
-    for name, kernel, arguments in aot_orthonormal.recorded(case.d, r):
+    for name, kernel, arguments in aot_orthonormal.recorded(case.d, (r,) * aot_orthonormal.MATRICES):
         compiled = _compile(kernel, arguments, arch)
         reports.append(
             Report(
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     todo += [
         (compile_matrices, r, arch)
-        for r in aot_orthonormal.ranks(options.quick)
+        for r in aot_orthonormal.reported_ranks(options.quick)
         for arch in options.arch
         if not arch.startswith("gfx")  # not tried there yet
     ]

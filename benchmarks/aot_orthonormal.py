@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,22 +18,25 @@ MATRICES = 32
 Launches = list[tuple[str, Any, dict[str, Any]]]
 
 
-def ranks(quick: bool) -> tuple[int, ...]:
+def reported_ranks(quick: bool) -> tuple[int, ...]:
     """Those that are reported: the largest of a call."""
     return (4, 8, 64) if quick else (1, 2, 4, 8, 16, 32, 64)
 
 
-def recorded(d: int, r: int) -> Launches:
+def recorded(d: int, ranks: Sequence[int]) -> Launches:
     """Name, kernel and arguments of a forward's launches, a backward's, and those of a step with all there is to do."""
+    columns, rows = ([bare(d, r) for r in ranks], [bare(r, d) for r in ranks])
+    n, numbers = len(ranks), [bare() for _ in ranks]
     launches: Launches = []
     with recording(launches):
-        problem = OrthonormalProblem(of(d, r), of(d, r), of(r))
+        problem = OrthonormalProblem(tuple(columns), tuple(columns), tuple(bare(r) for r in ranks))
         _, factors = launcher.orthonormalize_forward(problem)
-        launcher.orthonormalize_backward(of(r, d), problem, factors)
+        launcher.orthonormalize_backward(rows, problem, factors)
         launcher.stiefel_adamw_step(
             StiefelProblem(
-                of(r, d), of(r, d), of(r, d), of(r, d), of(), (True,) * MATRICES, (0.0,) * MATRICES, *of(count=1),
-                0.9, 0.999, 1e-8, 1.0, True, False, *of(count=1), *of(count=1),
+                *(tuple(rows) for _ in range(4)), tuple(numbers), (True,) * n, (0.0,) * n,
+                lr=bare(), beta1=0.9, beta2=0.999, eps=1e-8, max_norm=1.0, riemannian=True, maximize=False,
+                grad_scale=bare(), found_inf=bare(),
             )
         )  # fmt: skip
     return launches
@@ -43,9 +47,9 @@ def phases(arguments: dict[str, Any]) -> str:
     return f"{arguments.get('FIRST_PHASE', 1)}-{arguments.get('LAST_PHASE', 3)}"
 
 
-def of(*shape: int, count: int = MATRICES) -> tuple[torch.Tensor, ...]:
-    """Tensors without memory."""
-    return tuple(torch.empty(shape, device="meta") for _ in range(count))
+def bare(*shape: int) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, device="meta")
 
 
 def recording(launches: Launches) -> Any:

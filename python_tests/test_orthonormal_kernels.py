@@ -126,6 +126,7 @@ def test_orthonormalize_slab_by_slab(kind: str) -> None:
     check_orthonormalize(kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHAPES)
 def test_step_slab_by_slab(kind: str) -> None:
     check_step(kind)
@@ -140,6 +141,7 @@ def results_of(problem: OrthonormalProblem, grads: list[Tensor | None], p: Stief
     return [*R, factors, *(t for t in dX if t is not None), norm, *(t for ts in p[:5] for t in ts)]
 
 
+@pytest.mark.slow
 def test_same_bits_for_every_grid() -> None:
     problem = parametrisation.problem_of(SIZES["sums"], torch.float32)
     grads: list[Tensor | None] = [torch.randn(r, d) for d, r in SIZES["sums"]]
@@ -153,7 +155,7 @@ def test_same_bits_for_every_grid() -> None:
             assert_bitwise_equal(got, want)
 
 
-@pytest.mark.parametrize("r", [1, 8, 64])
+@pytest.mark.parametrize("r", [1, 8, pytest.param(64, marks=pytest.mark.slow)])
 def test_rows_stay_orthonormal_at_a_width_of_8192(r: int) -> None:
     """In float32, by the tiles that a GPU gets. The interpreter adds up a tile's terms one by one, a GPU in pairs."""
     d = 8192 if r < 64 else 4096  # the interpreter takes its time
@@ -256,6 +258,7 @@ def check_barriers(kind: str, programs: int = 3) -> None:
             assert_bitwise_equal(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("programs", [1, 3])
 def test_one_launch_gives_the_bits_of_one_a_phase(kind: str, programs: int) -> None:

@@ -195,6 +195,11 @@ def test_same_bits_again(backend) -> None:
             assert_bitwise_equal(x, y)
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "triton" else name for name in BACKENDS],
+    indirect=True,
+)
 def test_ten_thousand_steps_stay_orthonormal(backend) -> None:
     shapes = ((4, 24), (20, 40))
     p = problem_of(torch.float32, 0, shapes, (True, True))

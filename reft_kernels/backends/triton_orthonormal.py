@@ -39,7 +39,7 @@ class _Tiles(NamedTuple):
 
 
 _TILES = {
-    1: _Tiles(1, 1024, 1024), 2: _Tiles(2, 512, 1024), 4: _Tiles(4, 256, 512), 8: _Tiles(8, 128, 512),
+    1: _Tiles(1, 1024, 1024), 2: _Tiles(2, 1024, 1024), 4: _Tiles(4, 256, 512), 8: _Tiles(8, 128, 512),
     16: _Tiles(16, 64, 512), 32: _Tiles(32, 32, 512), 64: _Tiles(64, 16, 512),
 }  # fmt: skip
 MAX_RANK = max(_TILES)
