@@ -40,7 +40,7 @@ def problem_of(dtype: torch.dtype, steps: int = 3, shapes=SHAPES, orthonormal=CO
 
 
 def copied(p: StiefelProblem, dtype: torch.dtype | None = None) -> StiefelProblem:
-    tensors = [tuple(t.clone() if dtype is None else t.to(dtype) for t in ts) for ts in p[:4]]
+    tensors = [tuple(t.to(dtype or t.dtype, copy=True) for t in ts) for ts in p[:4]]
     return StiefelProblem(*tensors, tuple(t.clone() for t in p.steps), *p[5:])
 
 

@@ -120,6 +120,7 @@ def _step_of_one(p: StiefelProblem, i: int, grad: Tensor, goes: Tensor) -> None:
     """The step of tensor i; where ``goes`` is False nothing of it changes."""
     parameter, exp_avg, exp_avg_sq, step = p.parameters[i], p.exp_avgs[i], p.exp_avg_sqs[i], p.steps[i]
     own = p.orthonormal[i]
+    lr = p.lr.double() if isinstance(p.lr, Tensor) else p.lr
     if own and p.riemannian:
         A = grad.double() @ parameter.double().T
         grad = grad - ((A + A.T) / 2).to(grad.dtype) @ parameter
@@ -128,8 +129,8 @@ def _step_of_one(p: StiefelProblem, i: int, grad: Tensor, goes: Tensor) -> None:
     first = torch.lerp(exp_avg, grad, 1 - p.beta1)
     second = exp_avg_sq * p.beta2 + (1 - p.beta2) * grad * grad
     denominator = second.sqrt() / correction2.sqrt().to(second.dtype) + p.eps
-    moved = parameter if own else parameter * (1 - p.lr * p.weight_decays[i])
-    moved = moved - (p.lr / correction1).to(moved.dtype) * (first / denominator)
+    moved = parameter if own else parameter * (1 - lr * p.weight_decays[i])
+    moved = moved - (lr / correction1).to(moved.dtype) * (first / denominator)
     if own:
         moved = retracted(moved)
     for old, new in ((parameter, moved), (exp_avg, first), (exp_avg_sq, second), (step, step + 1)):
