@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import aot_orthonormal
 from benchmarks.h100 import L2_BYTES, PROGRAMS
 from benchmarks.machine_code import disassembled, instruction_counts, only, print_table, resource_usage, write_table
 from reft_kernels.backends import triton as launcher
@@ -40,6 +41,7 @@ SHARED_LIMIT = {
     "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -132,6 +134,28 @@ def compile_case(case: Case, arch: str) -> list[Report]:
                 warps=compiled.metadata.num_warps,
                 shared_bytes=compiled.metadata.shared,
                 **resources,
+            )
+        )
+    return reports
+
+
+def compile_matrices(r: int, arch: str) -> list[Report]:
+    """The kernels of matrices with orthonormal rows; what only edits have is left empty, and ``method`` says which
+    phases a launch goes through."""
+    case = Case(r=r, h="float32")
+    edits_alone = dict.fromkeys(("activation", "subtract", "positions", "group", "dropout", "rebuild"), "")
+    reports = []
+    for name, kernel, arguments in aot_orthonormal.recorded(case.d, (r,) * aot_orthonormal.MATRICES):
+        compiled = _compile(kernel, arguments, arch)
+        reports.append(
+            Report(
+                kernel=name,
+                arch=arch,
+                **(asdict(case) | edits_alone),
+                method=aot_orthonormal.phases(arguments),
+                warps=compiled.metadata.num_warps,
+                shared_bytes=compiled.metadata.shared,
+                **_resources(compiled),
             )
         )
     return reports
@@ -262,11 +286,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="CSV file to write")
     options = parser.parse_args(argv)
     reports: list[Report] = []
-    todo = [(case, arch) for case in cases(options.quick) for arch in options.arch]
-    for index, (case, arch) in enumerate(todo):
+    todo: list[tuple[Callable[[Any, str], list[Report]], Any, str]] = [
+        (compile_case, case, arch) for case in cases(options.quick) for arch in options.arch
+    ]
+    todo += [
+        (compile_matrices, r, arch)
+        for r in aot_orthonormal.reported_ranks(options.quick)
+        for arch in options.arch
+        if not arch.startswith("gfx")  # not tried there yet
+    ]
+    for index, (compile_one, case, arch) in enumerate(todo):
         if sys.stderr.isatty():
             print(f"\r{index + 1}/{len(todo)}", end="", file=sys.stderr, flush=True)
-        reports += compile_case(case, arch)
+        reports += compile_one(case, arch)
     rows = [asdict(report) for report in reports]
     print_table(rows)
     if options.out is not None:

@@ -19,6 +19,7 @@ from reft_kernels.testing import assert_bitwise_equal
 pytestmark = pytest.mark.gpu
 
 SIZES = (*test_orthonormalize.SIZES, (4096, 4), (8192, 64))
+GRAPH_SIZES = ((4096, 8), (2048, 8), (576, 8))
 
 
 def on_cuda(problem: Any) -> Any:
@@ -169,3 +170,39 @@ def test_nothing_waits_for_the_device() -> None:
                 backend.stiefel_adamw_step(step)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+def test_all_three_replay_in_a_graph(backend: Any) -> None:
+    """With gradients that only the graph knows, and a learning rate that is read on the device."""
+    problem = on_cuda(test_orthonormalize.problem_of(GRAPH_SIZES, torch.float32))
+    lr = torch.tensor(1e-2, device="cuda")
+    start = on_cuda(
+        test_stiefel_adamw_step.problem_of(
+            torch.float32, 3, tuple((r, d) for d, r in GRAPH_SIZES), (True,) * 3, lr=1e-2
+        )
+    )
+    p, q = (test_stiefel_adamw_step.copied(start)._replace(lr=lr) for _ in range(2))
+
+    def run(p: StiefelProblem) -> list[Tensor]:
+        R, factors = backend.orthonormalize_forward(problem)
+        dX = backend.orthonormalize_backward([2 * t for t in R], problem, factors)
+        backend.stiefel_adamw_step(p._replace(gradients=tuple(3 * t for t in R)))
+        return [*R, *dX]
+
+    expected = run(q)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(test_stiefel_adamw_step.copied(start)._replace(lr=lr))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(p)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip((*found, *p.parameters), (*expected, *q.parameters), strict=True):
+        assert_bitwise_equal(got.cpu(), want.cpu())
+    lr.fill_(1e-3)
+    before = [w.clone() for w in p.parameters]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(0 < float((a - b).abs().max()) < 5e-3 for a, b in zip(p.parameters, before, strict=True))

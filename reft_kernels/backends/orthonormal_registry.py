@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from reft_kernels.backends import cpu_orthonormal, eager_orthonormal
+from reft_kernels.backends import cpu_orthonormal, eager_orthonormal, triton_orthonormal
 from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem, device_and_dtype
 
 
@@ -35,7 +35,11 @@ class OrthonormalBackend(Protocol):
         """Writes parameters, moments and steps; the norm of the gradients, float64 [], with ``max_norm``, else None."""
 
 
-BACKENDS: dict[str, OrthonormalBackend] = {"cpu": cpu_orthonormal, "eager": eager_orthonormal}
+BACKENDS: dict[str, OrthonormalBackend] = {
+    "triton": triton_orthonormal,
+    "cpu": cpu_orthonormal,
+    "eager": eager_orthonormal,
+}
 NAMES = ("auto", *BACKENDS)
 
 
