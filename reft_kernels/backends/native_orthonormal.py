@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 
 from reft_kernels.backends import native
+from reft_kernels.backends.barrier_words import barrier_word_beside
 from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem
 
-# Every tensor is the caller's: nothing is allocated. R and dX hold all matrices, one after the other.
+# Every tensor is the caller's: nothing is allocated but workspace on GPUs. R and dX hold all matrices, one after the
+# other.
 SCHEMAS = (
     "native_orthonormalize_forward(Tensor[] X, Tensor[] reflectors, Tensor[] signs, Tensor(a!) R, "
-    "Tensor(b!) factors) -> ()",
+    "Tensor(b!) factors, Tensor(c!)? barrier) -> ()",
     "native_orthonormalize_backward(Tensor[] grads, Tensor[] X, Tensor[] reflectors, Tensor[] signs, Tensor factors, "
-    "Tensor(a!) dX) -> ()",
+    "Tensor(a!) dX, Tensor(b!)? barrier) -> ()",
     "native_stiefel_adamw_step(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, int[] orthonormal, float[] weight_decays, float lr, "
     "Tensor? lr_tensor, float beta1, float beta2, float eps, float max_norm, bool riemannian, bool maximize, "
-    "Tensor? grad_scale, Tensor? found_inf, Tensor(e!)? norm) -> ()",
+    "Tensor? grad_scale, Tensor? found_inf, Tensor(e!)? norm, "
+    "Tensor(f!)? barrier) -> ()",
 )
 
 _library = native.define("reft_kernels", SCHEMAS)
@@ -41,7 +44,7 @@ class NativeOrthonormalOps:
             return (), torch.empty(0, dtype=torch.float64)
         R, parts = _parts_of_one(p.X[0], [x.shape[::-1] for x in p.X])
         factors = R.new_empty(sum(4 * len(part) ** 2 for part in parts), dtype=torch.float64)
-        self._forward(p.X, p.reflectors, p.signs, R, factors)
+        self._forward(p.X, p.reflectors, p.signs, R, factors, barrier_word_beside(R))
         return parts, factors
 
     def orthonormalize_backward(
@@ -58,7 +61,7 @@ class NativeOrthonormalOps:
             factors = torch.cat([of_each[i] for i in asked])
             p = OrthonormalProblem(*(tuple(tensors[i] for i in asked) for tensors in p))
         dX, parts = _parts_of_one(p.X[0], [x.shape for x in p.X])
-        self._backward(some, p.X, p.reflectors, p.signs, factors, dX)
+        self._backward(some, p.X, p.reflectors, p.signs, factors, dX, barrier_word_beside(dX))
         if len(some) == len(grads):
             return parts
         remaining = iter(parts)
@@ -74,7 +77,7 @@ class NativeOrthonormalOps:
         self._step(
             p.parameters, p.gradients, p.exp_avgs, p.exp_avg_sqs, p.steps, p.orthonormal, p.weight_decays, lr,
             lr_tensor, p.beta1, p.beta2, p.eps, p.max_norm or 0.0, p.riemannian, p.maximize, p.grad_scale, p.found_inf,
-            norm,
+            norm, barrier_word_beside(p.parameters[0]),
         )  # fmt: skip
         for written in (p.parameters, p.exp_avgs, p.exp_avg_sqs, p.steps):
             torch.autograd.graph.increment_version(written)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from reft_kernels.backends import cpu_orthonormal, eager_orthonormal
+from reft_kernels.backends import cpu_orthonormal, cuda_orthonormal, eager_orthonormal
 from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem, device_and_dtype
 
 
@@ -35,7 +35,9 @@ class OrthonormalBackend(Protocol):
         """Writes parameters, moments and steps; the norm of the gradients, float64 [], with ``max_norm``, else None."""
 
 
-BACKENDS: dict[str, OrthonormalBackend] = {"cpu": cpu_orthonormal, "eager": eager_orthonormal}
+BACKENDS: dict[str, OrthonormalBackend] = {
+    "cuda": cuda_orthonormal, "cpu": cpu_orthonormal, "eager": eager_orthonormal,
+}  # fmt: skip
 NAMES = ("auto", *BACKENDS)
 
 
