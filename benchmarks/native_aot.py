@@ -35,6 +35,8 @@ CLAIMS: list[tuple[str, int, tuple[str, ...]]] = [
     (r"edit_forward_mma<.*>", 80, ("wide_loads", "mma")),
     (r"edit_backward_rows<.*>", 80, ("wide_loads", "ffma", "async_copies", "shuffles")),
     (r"edit_backward_mma<.*>", 80, ("wide_loads", "mma", "async_copies")),
+    (r"orthonormalize_kernel<.*>", 80, ("wide_loads", "ffma", "shuffles")),
+    (r"stiefel_adamw_step_kernel<.*>", 80, ("wide_loads", "ffma", "shuffles")),
 ]
 
 
@@ -55,10 +57,10 @@ def compiled(file: str, arch: str) -> list[dict[str, object]]:
     names = output_of("c++filt", *usage[::2]).splitlines() if usage else []
     rows = []
     for mangled, name, text in zip(usage[::2], names, usage[1::2], strict=True):
-        edit = re.search(r"reft_kernels::(edit_\w+)<(.*)>\(reft_kernels::", name)
-        if edit is None:
+        template = re.search(r"reft_kernels::(\w+)<(.*)>\(reft_kernels::", name)
+        if template is None:
             continue  # a kernel that the launchers only ask the runtime about
-        kernel, arguments = edit.groups()
+        kernel, arguments = template[1], template[2].replace("reft_kernels::", "").replace(" >", ">").strip()
         rows.append({
             "kernel": kernel,
             "arguments": arguments,

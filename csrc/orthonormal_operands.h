@@ -32,12 +32,21 @@ struct OrthonormalizeOperands {
   OrthonormalizeParams params;
 };
 
+// The word of a grid barrier, which only a GPU needs.
+inline uint32_t* barrier_word(const OptionalTensor& barrier, const Tensor& beside) {
+  STD_TORCH_CHECK(
+      not beside.is_cuda() or (barrier and barrier->is_cuda() and dtype_of(*barrier) == DType::kInt32),
+      "reft_kernels: expected an int32 barrier on the GPU");
+  return barrier ? static_cast<uint32_t*>(barrier->mutable_data_ptr()) : nullptr;
+}
+
 // `grads`: empty in the forward. `out` holds R or dL/dX of all matrices, `factors` theirs, one after the
 // other.
 inline OrthonormalizeOperands orthonormalize_backward_operands(const Tensors& grads, const Tensors& X,
                                                                const Tensors& reflectors,
                                                                const Tensors& signs, const Tensor& factors,
-                                                               const Tensor& out) {
+                                                               const Tensor& out,
+                                                               const OptionalTensor& barrier) {
   const size_t count = X.size();
   STD_TORCH_CHECK(count > 0 and reflectors.size() == count and signs.size() == count and
                       (grads.empty() or grads.size() == count),
@@ -67,14 +76,16 @@ inline OrthonormalizeOperands orthonormalize_backward_operands(const Tensors& gr
     to += a.d * a.r * bytes_of(type);
     factors_to += int64_t{4} * a.r * a.r;
   }
-  operands.params = {operands.matrices.data(), static_cast<int64_t>(count), type};
+  operands.params = {operands.matrices.data(), static_cast<int64_t>(count), type,
+                     barrier_word(barrier, X[0])};
   return operands;
 }
 
 inline OrthonormalizeOperands orthonormalize_forward_operands(const Tensors& X, const Tensors& reflectors,
                                                               const Tensors& signs, const Tensor& R,
-                                                              const Tensor& factors) {
-  return orthonormalize_backward_operands({}, X, reflectors, signs, factors, R);
+                                                              const Tensor& factors,
+                                                              const OptionalTensor& barrier) {
+  return orthonormalize_backward_operands({}, X, reflectors, signs, factors, R, barrier);
 }
 
 struct StiefelAdamWOperands {
@@ -91,7 +102,7 @@ inline StiefelAdamWOperands stiefel_adamw_operands(
     const Tensors& steps, const std::vector<int64_t>& orthonormal, const std::vector<double>& weight_decays,
     double lr, const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double max_norm,
     bool riemannian, bool maximize, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-    const OptionalTensor& norm) {
+    const OptionalTensor& norm, const OptionalTensor& barrier) {
   const size_t count = parameters.size();
   STD_TORCH_CHECK(count > 0 and gradients.size() == count and exp_avgs.size() == count and
                       exp_avg_sqs.size() == count and steps.size() == count and
@@ -134,6 +145,7 @@ inline StiefelAdamWOperands stiefel_adamw_operands(
   p.maximize = maximize;
   p.grad_scale = scalar(grad_scale);
   p.found_inf = scalar(found_inf);
+  p.barrier = barrier_word(barrier, parameters[0]);
   return operands;
 }
 

@@ -1,4 +1,4 @@
-// reft_kernels._native: how the native library was built, and how it would launch an edit on a GPU. Pure
+// reft_kernels._native: how the native library was built, and how it would launch its kernels on a GPU. Pure
 // functions of their arguments: they need neither a GPU nor torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,9 +7,13 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "build_info.h"
 #include "reft_kernels/edit_plan.h"
+#include "reft_kernels/matrix_plan.h"
 
 namespace py = pybind11;
 
@@ -115,6 +119,51 @@ py::dict plan_backward(int64_t batch, int64_t length, std::optional<int64_t> slo
   return described(plan_edit_backward(p, {capability, multiprocessors, shared_bytes, l2_bytes}));
 }
 
+py::dict described(const MatrixPlan& plan) {
+  py::dict out;
+  out["items"] = plan.items;
+  out["threads"] = plan.launch.threads;
+  out["blocks"] = plan.launch.blocks;
+  out["shared_bytes"] = plan.launch.shared_bytes;
+  out["workspace"] = plan.workspace;
+  out["capacity"] = plan.capacity;
+  out["refusal"] = plan.launch.refusal;
+  return out;
+}
+
+using Sizes = std::vector<std::pair<int64_t, int>>;
+
+py::dict plan_matrices(const Sizes& sizes, bool backward, const std::string& dtype, int capability,
+                       int multiprocessors, int shared_bytes) {
+  std::vector<OrthonormalizeMatrix> matrices(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) std::tie(matrices[i].d, matrices[i].r) = sizes[i];
+  OrthonormalizeParams p;
+  p.matrices = matrices.data();
+  p.count = static_cast<int64_t>(matrices.size());
+  p.type = dtype_named(dtype);
+  return described(plan_orthonormalize(p, backward, {capability, multiprocessors, shared_bytes, 0}));
+}
+
+py::dict plan_step(const Sizes& constrained, const std::vector<int64_t>& rest, bool riemannian,
+                   const std::string& dtype, int capability, int multiprocessors, int shared_bytes) {
+  std::vector<StiefelAdamWTensor> tensors(constrained.size() + rest.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    StiefelAdamWTensor& t = tensors[i];
+    t.orthonormal = i < constrained.size();
+    if (t.orthonormal) {
+      std::tie(t.d, t.r) = constrained[i];
+    } else {
+      t.d = rest[i - constrained.size()];
+    }
+  }
+  StiefelAdamWParams p;
+  p.tensors = tensors.data();
+  p.count = static_cast<int64_t>(tensors.size());
+  p.type = dtype_named(dtype);
+  p.riemannian = riemannian;
+  return described(plan_stiefel_adamw(p, {capability, multiprocessors, shared_bytes, 0}));
+}
+
 py::dict build_info() {
   py::dict out;
   out["schemas"] = REFT_KERNELS_SCHEMAS;
@@ -144,7 +193,7 @@ void define_plan(py::module_& module, const char* name, Function function, const
 
 PYBIND11_MODULE(_native, module) {
   using namespace reft_kernels;
-  module.doc() = "How the native library was built, and how it would launch an edit on a GPU.";
+  module.doc() = "How the native library was built, and how it would launch its kernels on a GPU.";
   module.def("build_info", &build_info,
              "Versions, compiler, flags and CUDA architectures of the build; `cuda_reason` says why there is "
              "no CUDA.");
@@ -153,4 +202,16 @@ PYBIND11_MODULE(_native, module) {
               "(None: all), "
               "on a device of those properties; `refusal` says why no kernel takes it.");
   define_plan(module, "plan_edit_backward", &plan_backward, "As plan_edit_forward, for the backward.");
+  module.def(
+      "plan_orthonormalize", &plan_matrices, py::kw_only(), py::arg("sizes"), py::arg("backward") = false,
+      py::arg("dtype") = "float32", py::arg("capability") = 90, py::arg("multiprocessors") = 132,
+      py::arg("shared_bytes") = 227 << 10,
+      "The launch of orthonormalize_forward or _backward of matrices of sizes (d, r), on a device of those "
+      "properties; `refusal` says why no kernel takes them.");
+  module.def(
+      "plan_stiefel_adamw", &plan_step, py::kw_only(), py::arg("constrained"), py::arg("rest"),
+      py::arg("riemannian") = false, py::arg("dtype") = "float32", py::arg("capability") = 90,
+      py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 << 10,
+      "The launch of stiefel_adamw_step of orthonormal matrices of sizes (d, r) and of other tensors of so "
+      "many elements.");
 }

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <string>
+#include <tuple>
 
 #include "build_info.h"
 #include "edit_operands.h"
@@ -60,6 +61,25 @@ struct OnCuda {
   static void launch(const EditBackwardParams& params, int device) {
     const torch::stable::accelerator::DeviceGuard guard(device);
     check(cuda::edit_backward(params, device, stream_of(device)));
+  }
+};
+
+// As OpOfLists, on the device of the last operand, which is a barrier.
+template <auto function, auto make_operands, typename Function = decltype(make_operands)>
+struct CudaOpOfLists;
+
+template <auto function, auto make_operands, typename Operands, typename... Arguments>
+struct CudaOpOfLists<function, make_operands, Operands (*)(Arguments...)> {
+  static void run(Arguments... arguments) {
+    const Operands operands = make_operands(arguments...);
+    const OptionalTensor& barrier = std::get<sizeof...(arguments) - 1>(std::tie(arguments...));
+    const int device = barrier->get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    std::optional<Tensor> workspace;  // given back to torch, which keeps it until the stream has come so far
+    OnCuda::check(function(operands.params, device, OnCuda::stream_of(device), [&](int64_t count) {
+      workspace = torch::stable::new_empty(*barrier, {count}, torch::headeronly::ScalarType::Double);
+      return static_cast<double*>(workspace->mutable_data_ptr());
+    }));
   }
 };
 
@@ -122,5 +142,13 @@ STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CUDA, library) {
   using namespace reft_kernels;
   library.impl("native_edit_forward", TORCH_BOX((&Op<OnCuda, &forward_params>::run)));
   library.impl("native_edit_backward", TORCH_BOX((&Op<OnCuda, &backward_params>::run)));
+  library.impl(
+      "native_orthonormalize_forward",
+      TORCH_BOX((&CudaOpOfLists<&cuda::orthonormalize_forward, &orthonormalize_forward_operands>::run)));
+  library.impl(
+      "native_orthonormalize_backward",
+      TORCH_BOX((&CudaOpOfLists<&cuda::orthonormalize_backward, &orthonormalize_backward_operands>::run)));
+  library.impl("native_stiefel_adamw_step",
+               TORCH_BOX((&CudaOpOfLists<&cuda::stiefel_adamw_step, &stiefel_adamw_operands>::run)));
 }
 #endif

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from reft_kernels.backends import native
+from reft_kernels.backends import cuda_orthonormal, native, native_orthonormal, native_schemas
+from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem
 
 HERE = Path(__file__).parent / "native"
 CSRC = HERE.parents[1] / "csrc"
@@ -90,15 +91,17 @@ def build(
         if path.suffix == ".cu":
             own = ["-std=c++17", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-x c++"]
             own += [] if sanitize else _REPORT_ACCESSES
-        elif file == "ops_on_cpu.cpp":
+        elif file.endswith("ops_on_cpu.cpp"):
             own = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem {torch_root / 'include'}"]
         else:
             own = ["-std=c++17"]
-        if file.endswith("_plan.cpp"):  # other plans stand in their place
+        if file.startswith("edit_") and file.endswith("_plan.cpp"):  # other plans stand in their place
             own += [f"-Dplan_edit_{way}=planned_edit_{way}" for way in ("forward", "backward")]
         objects.append(compiled(path, *own, *flags))
     torch_libraries = (
-        f"-L{torch_root / 'lib'} -Wl,--no-as-needed -ltorch_cpu -lc10" if "ops_on_cpu.cpp" in sources else ""
+        f"-L{torch_root / 'lib'} -Wl,--no-as-needed -ltorch_cpu -lc10"
+        if any(file.endswith("ops_on_cpu.cpp") for file in sources)
+        else ""
     )
     lines.append(
         f"build {name}.so: link {' '.join(objects)} | libmachine.so\n"
@@ -118,11 +121,18 @@ def build(
 
 
 _LAUNCHED = [
-    "ops_on_cpu.cpp", "forced_forward.cpp", "forced_backward.cpp", "edit_forward_plan.cpp", "edit_backward_plan.cpp",
+    "launches_on_cpu.cpp", "ops_on_cpu.cpp", "forced_forward.cpp", "forced_backward.cpp", "edit_forward_plan.cpp",
+    "edit_backward_plan.cpp",
 ]  # fmt: skip
-KERNEL_SOURCES = [*_LAUNCHED, *(f"cuda/{path.name}" for path in sorted((CSRC / "cuda").glob("*.cu")))]
+KERNEL_SOURCES = [*_LAUNCHED, *(f"cuda/{path.name}" for path in sorted((CSRC / "cuda").glob("edit_*.cu")))]
 # One kernel of each kind, for bfloat16 rows with R in float32 and W in bfloat16.
 FEW_SOURCES = [*_LAUNCHED, "few_forward.cu", "few_backward.cu"]
+
+
+ORTHONORMAL_SOURCES = [
+    "launches_on_cpu.cpp", "orthonormal_ops_on_cpu.cpp", "matrix_plan.cpp", "cuda/orthonormalize.cu",
+    "cuda/stiefel_adamw.cu",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,20 +164,15 @@ class Wishes:
     shared_bytes: int | None = None
 
 
-class Machine:
-    """The ops of a library of kernels: a backend, whose plans, device and order of threads a test can choose."""
+class Library:
+    """A library of kernels, whose device and order of threads a test can choose."""
 
-    name = "cuda"
-
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, schemas: tuple[str, ...]) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.on_cpu_launches.restype = ctypes.c_uint64
         self.library.on_cpu_barrier.restype = ctypes.c_uint32
-        if not hasattr(Machine, "_fragment"):
-            Machine._fragment = native.define(NAMESPACE)
+        _define(schemas)
         torch.ops.load_library(str(library))
-        ops = native.NativeOps(NAMESPACE)
-        self.edit_forward, self.edit_backward = ops.edit_forward, ops.edit_backward
         self.use(Device())
 
     def use(self, device: Device = Device()) -> None:
@@ -179,6 +184,33 @@ class Machine:
     def seed(self, seed: int) -> None:
         """Of the order of the next launch's threads; the launches after it go on from there."""
         self.library.on_cpu_seed(ctypes.c_uint64(seed))
+
+    @property
+    def launches(self) -> int:
+        """Since the library was loaded."""
+        return int(self.library.on_cpu_launches())
+
+    @property
+    def barrier(self) -> int:
+        """The word of the grid barrier, which all launches share."""
+        return int(self.library.on_cpu_barrier())
+
+
+@functools.cache
+def _define(schemas: tuple[str, ...]) -> torch.library.Library:
+    """The ops in the namespace of the machine, once."""
+    return native.define(NAMESPACE, schemas)
+
+
+class Machine(Library):
+    """The ops of edits by a library of kernels: a backend, whose plans a test can choose besides."""
+
+    name = "cuda"
+
+    def __init__(self, library: Path) -> None:
+        super().__init__(library, native_schemas.SCHEMAS)
+        ops = native.NativeOps(NAMESPACE)
+        self.edit_forward, self.edit_backward = ops.edit_forward, ops.edit_backward
 
     @contextlib.contextmanager
     def forced(self, forward: Wishes | None = None, backward: Wishes | None = None) -> Iterator[None]:
@@ -203,15 +235,28 @@ class Machine:
         plan: dict[str, Any] = dict(zip(names, fields, strict=True))
         return {**plan, "kernel": KERNELS[plan["kernel"]]}
 
-    @property
-    def launches(self) -> int:
-        """Since the library was loaded."""
-        return int(self.library.on_cpu_launches())
 
-    @property
-    def barrier(self) -> int:
-        """The word of the grid barrier, which all launches share."""
-        return int(self.library.on_cpu_barrier())
+class OrthonormalMachine(Library):
+    """The ops of matrices with orthonormal rows by a library of kernels: a backend."""
+
+    name = "cuda"
+
+    def __init__(self, library: Path) -> None:
+        super().__init__(library, native_schemas.ORTHONORMAL_SCHEMAS)
+        ops = native_orthonormal.NativeOrthonormalOps(NAMESPACE)
+        self.orthonormalize_forward, self.orthonormalize_backward = (
+            ops.orthonormalize_forward,
+            ops.orthonormalize_backward,
+        )
+        self.stiefel_adamw_step = ops.stiefel_adamw_step
+
+    def unavailable(self) -> str | None:
+        """It is there."""
+        return None
+
+    def unsupported_matrices(self, problem: OrthonormalProblem | StiefelProblem) -> str | None:
+        """What the CUDA backend would say of the problem, were it on a GPU."""
+        return cuda_orthonormal.unsupported_sizes(problem)
 
 
 def toy_library(*, sanitize: bool = False) -> ctypes.CDLL:
@@ -223,6 +268,7 @@ def toy_library(*, sanitize: bool = False) -> ctypes.CDLL:
 
 
 __all__ = [
-    "CACHE", "CSRC", "FEW_SOURCES", "HERE", "KERNEL_SOURCES", "Device", "Machine", "Wishes", "build", "compiler",
+    "CACHE", "CSRC", "FEW_SOURCES", "HERE", "KERNEL_SOURCES", "ORTHONORMAL_SOURCES", "Device", "Library", "Machine",
+    "OrthonormalMachine", "Wishes", "build", "compiler",
     "toy_library",
 ]  # fmt: skip

@@ -7,17 +7,12 @@ change the list with the kernel.
 
 from __future__ import annotations
 
-import faulthandler
-import fcntl
-import os
-import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from native_machine import CACHE, CSRC, FEW_SOURCES, HERE, Device, Machine, Wishes, build
+from native_machine import FEW_SOURCES, Device, Machine, Wishes, build
+from native_mutants import FLAGS, Mutant, fault_of, mutated
 from test_edit_kernels import Launch, check_backward, check_forward, hostile_gradient
 
 from reft_kernels.testing import EditCase, random_edit
@@ -26,9 +21,7 @@ BLOCK, ROWS, MMA = "edit_forward_block.cuh", "edit_forward_rows.cuh", "edit_forw
 SLAB, BACK_ROWS, BACK_MMA = "edit_backward_slab.cuh", "edit_backward_rows.cuh", "edit_backward_mma.cuh"
 TILES = "tiles.cuh"
 
-# file, a statement (ends in ;) or an expression of it, and what stands there instead. The first occurrence is changed,
-# or, of a text in several parts, the first of the last part that follows the others.
-MUTANTS: list[tuple[str, str | tuple[str, ...], str]] = [
+MUTANTS: list[Mutant] = [
     # the forward: barriers and waits
     (ROWS, ("task.find_slots();", "sync_block();"), ";"),
     (ROWS, ("sum_groups<kColumns>(live);", "sync_block();"), ";"),
@@ -139,36 +132,6 @@ MUTANTS: list[tuple[str, str | tuple[str, ...], str]] = [
 ]  # fmt: skip
 
 
-def mutated() -> Path:
-    """A copy of csrc with all mutants in it."""
-    include = Path("include") / "reft_kernels"
-    sources = {file: (CSRC / include / file).read_text() for file, _, _ in MUTANTS}
-    for number, (file, text, new) in enumerate(MUTANTS, start=1):
-        source = sources[file]
-        start = end = 0
-        for part in (text,) if isinstance(text, str) else text:
-            start = source.find(part, end)
-            if start < 0:
-                raise ValueError(f"mutant {number}: {part!r} is no longer in {file}")
-            end = start + len(part)
-        old = source[start:end]
-        if old.endswith(";"):
-            both = f"{{ if (!on_cpu::mutant({number})) {{ {old} }} else {{ {new} }} }}"
-        else:
-            both = f"(!on_cpu::mutant({number}) ? ({old}) : ({new}))"
-        sources[file] = source[:start] + both + source[end:]
-    copy = CACHE / "mutants_csrc"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "mutants_lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        shutil.copytree(CSRC, copy, dirs_exist_ok=True, ignore=lambda folder, names: [n for n in names if n in sources])
-        for file, source in sources.items():
-            place = copy / include / file
-            if not place.exists() or place.read_text() != source:
-                place.write_text(source)
-    return copy
-
-
 # Edits of bfloat16 rows with R in float32: one that lacks nothing, a linear one, and every token with idle ones.
 FULL = EditCase(
     "noreft_with_c", "gelu", "mixed", positions="padded", groups=3, scale="rows", dropout=0.3, shape=(3, 25), slots=24,
@@ -225,45 +188,20 @@ CASES: list[Callable[[Machine], object]] = [
 
 @pytest.fixture(scope="module")
 def machine() -> Machine:
-    include = f"-include {HERE / 'mutant.h'}"
-    machine = Machine(build("mutants", [*FEW_SOURCES, "mutant.cpp"], csrc=mutated(), flags=["-w", include]))
+    sources = mutated("mutants", MUTANTS)
+    machine = Machine(build("mutants", [*FEW_SOURCES, "mutant.cpp"], csrc=sources, flags=FLAGS))
     machine.use(Device(multiprocessors=3))
     return machine
 
 
-def fault_of(machine: Machine, number: int) -> str:
-    """What the first case says that fails with this mutant; "" if all pass."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        message = ""
-        try:
-            faulthandler.disable()
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(100)
-            machine.library.on_cpu_mutant(number)
-            for seed, case in enumerate(CASES):
-                machine.seed(seed)
-                case(machine)
-        except BaseException as error:
-            message = f"case {seed}: {type(error).__name__}: {error}"
-        os.write(writing, message.encode()[:60000])
-        os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        message = pipe.read().decode()
-    _, status = os.waitpid(child, 0)
-    return message if status == 0 else f"ended by signal {os.WTERMSIG(status)}"
-
-
 @pytest.mark.slow
 def test_what_is_not_changed_passes(machine: Machine) -> None:
-    assert fault_of(machine, 0) == ""
+    assert fault_of(machine, 0, CASES) == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(1, len(MUTANTS) + 1))
 def test_mutants_are_caught(number: int, machine: Machine) -> None:
-    found = fault_of(machine, number)
+    found = fault_of(machine, number, CASES)
     print(found)
     assert found, MUTANTS[number - 1]

@@ -14,7 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from native_machine import FEW_SOURCES, Device, Machine, build, compiler, toy_library
+from native_machine import (
+    FEW_SOURCES,
+    ORTHONORMAL_SOURCES,
+    Device,
+    Machine,
+    OrthonormalMachine,
+    build,
+    compiler,
+    toy_library,
+)
 
 HERE = Path(__file__).parent
 
@@ -51,6 +60,16 @@ def test_kernels_keep_within_their_memory() -> None:
 
 
 @pytest.mark.slow
+def test_orthonormal_kernels_keep_within_their_memory() -> None:
+    build("orthonormal", ORTHONORMAL_SOURCES, sanitize=True)
+    run = sanitized("orthonormal")
+    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
+    assert "AddressSanitizer" not in run.stderr
+    assert "runtime error" not in run.stderr
+    assert run.stdout.split()[-2:] == ["8", "cases"], run.stdout
+
+
+@pytest.mark.slow
 def test_what_is_beyond_shared_memory_is_noticed() -> None:
     toy_library_is_built = build("toys", ["toy_kernels.cu"], sanitize=True)
     assert toy_library_is_built.exists()
@@ -73,6 +92,29 @@ def cases() -> Iterator[tuple[object, ...]]:
         yield case, forward, backward, capability, how
 
 
+def run_orthonormal_kernels() -> None:
+    import test_native_orthonormal as on_machine
+    import test_orthonormalize as maps
+    import test_stiefel_adamw_step as steps
+    import torch
+
+    machine = OrthonormalMachine(build("orthonormal", ORTHONORMAL_SOURCES, sanitize=True))
+    count = 0
+    for device in (Device(90, 3), Device(80, 2, 99 << 10)):
+        machine.use(device)
+        problem = maps.problem_of(((70, 7), (1030, 3), (41, 8), (90, 20), (70, 36)), torch.float32)
+        on_machine.assert_map(machine, problem, on_machine.gradients_of(problem))
+        for settings in (on_machine.SETTINGS[name] for name in ("plain", "clipped", "all")):
+            shapes = ((3, 1030), (36, 41), (20, 33), (4099,), (), (0,))
+            p = steps.problem_of(torch.float32, shapes=shapes, orthonormal=(True,) * 3 + (False,) * 3, **settings)
+            want = steps.expected(p)
+            machine.stiefel_adamw_step(p)
+            on_machine.assert_step(p, want)
+            count += 1
+        count += 1
+    print(count, "cases")
+
+
 def run_kernels() -> None:
     from test_native_kernels import check
 
@@ -93,5 +135,7 @@ def run_kernels() -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "toy":
         print(toy_library(sanitize=True).run_toy(b"reduce", int(sys.argv[2]), 0).decode())
+    elif sys.argv[1] == "orthonormal":
+        run_orthonormal_kernels()
     else:
         run_kernels()

@@ -1,5 +1,6 @@
-"""How the native library was built, and how it would launch an edit on a GPU."""
+"""How the native library was built, and how it would launch its kernels on a GPU."""
 
+from collections.abc import Sequence
 from typing import Any
 
 def build_info() -> dict[str, str]: ...
@@ -42,4 +43,23 @@ def plan_edit_backward(
     multiprocessors: int = 132,
     shared_bytes: int = ...,
     l2_bytes: int = ...,
+) -> dict[str, Any]: ...
+def plan_orthonormalize(
+    *,
+    sizes: Sequence[tuple[int, int]],
+    backward: bool = False,
+    dtype: str = "float32",
+    capability: int = 90,
+    multiprocessors: int = 132,
+    shared_bytes: int = ...,
+) -> dict[str, Any]: ...
+def plan_stiefel_adamw(
+    *,
+    constrained: Sequence[tuple[int, int]],
+    rest: Sequence[int],
+    riemannian: bool = False,
+    dtype: str = "float32",
+    capability: int = 90,
+    multiprocessors: int = 132,
+    shared_bytes: int = ...,
 ) -> dict[str, Any]: ...

@@ -66,6 +66,19 @@ REFT_DEVICE void store_16(void* address, const Vector16& v) {
 REFT_DEVICE float load_from_other_block(const float* address) {
   return *address;
 }
+REFT_DEVICE double load_from_other_block(const double* address) {
+  return *address;
+}
+
+// As two words: what the machine exchanges are words.
+REFT_DEVICE double shuffle_xor(double value, int mask) {
+  const auto bits = __builtin_bit_cast(uint64_t, value);
+  const auto exchanged = [mask](uint64_t word) {
+    return uint64_t{__float_as_uint(shuffle_xor(__uint_as_float(static_cast<uint32_t>(word)), mask))};
+  };
+  const uint64_t low = exchanged(bits), high = exchanged(bits >> 32);
+  return __builtin_bit_cast(double, high << 32 | low);
+}
 
 template <int kPending>
 REFT_DEVICE void wait_async() {

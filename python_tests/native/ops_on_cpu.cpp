@@ -5,11 +5,10 @@
 #include <algorithm>
 #include <iterator>
 #include <string>
-#include <vector>
 
 #include "edit_operands.h"
 #include "forced_plans.h"
-#include "machine.h"
+#include "launches_on_cpu.h"
 #include "reft_kernels/launch.h"
 
 namespace on_cpu {
@@ -23,32 +22,17 @@ namespace {
 
 using namespace reft_kernels;
 
-uint32_t barrier = 0;  // of all launches, one after the other
-
-// The launchers ask each device once for its properties: another device, another number.
-int number_of(const on_cpu::Device& device) {
-  static std::vector<on_cpu::Device> known;
-  const auto same = [&](const on_cpu::Device& other) {
-    return device.capability == other.capability && device.multiprocessors == other.multiprocessors &&
-           device.shared_bytes == other.shared_bytes && device.l2_bytes == other.l2_bytes;
-  };
-  const auto found = std::find_if(known.begin(), known.end(), same);
-  const auto number = static_cast<int>(found - known.begin());
-  if (found == known.end()) known.push_back(device);
-  return number;
-}
-
 void check(const std::string& wrong) {
   STD_TORCH_CHECK(wrong.empty(), wrong);
 }
 
 void launch(const EditForwardParams& params) {
-  check(cuda::edit_forward(params, number_of(on_cpu::device), nullptr));
+  check(cuda::edit_forward(params, on_cpu::device_number(), nullptr));
 }
 
 void launch(EditBackwardParams params) {
-  params.barrier = &barrier;
-  check(cuda::edit_backward(params, number_of(on_cpu::device), nullptr));
+  params.barrier = &on_cpu::barrier;
+  check(cuda::edit_backward(params, on_cpu::device_number(), nullptr));
 }
 
 template <auto make_params, typename Function = decltype(make_params)>
@@ -68,20 +52,6 @@ STABLE_TORCH_LIBRARY_IMPL(reft_kernels_on_cpu, CPU, library) {
 
 #pragma GCC visibility push(default)
 extern "C" {
-
-void on_cpu_device(int capability, int multiprocessors, int shared_bytes, int64_t l2_bytes) {
-  on_cpu::device = {capability, multiprocessors, shared_bytes, l2_bytes};
-}
-
-void on_cpu_seed(uint64_t seed) {
-  on_cpu::seed = seed;
-}
-uint64_t on_cpu_launches() {
-  return on_cpu::launch_count;
-}
-uint32_t on_cpu_barrier() {
-  return barrier;
-}
 
 // The fields of Wishes in their order.
 void on_cpu_force(bool forward, const int64_t* wish) {

@@ -90,6 +90,14 @@ def barrier_word(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device) if word is None else word
 
 
+def barrier_word_beside(tensor: Tensor) -> Tensor | None:
+    """:func:`barrier_word` of the device of ``tensor``; None where it is not a GPU."""
+    if not tensor.is_cuda:
+        return None
+    with torch.cuda.device(tensor.device):  # whether a graph is being captured is asked of the current one
+        return barrier_word(tensor.device)
+
+
 def _zeros(device: torch.device) -> Tensor:
     words = torch.zeros(WORDS * SECTOR, dtype=torch.int32, device=device)
     if device.type == "cuda":

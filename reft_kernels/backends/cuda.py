@@ -35,14 +35,17 @@ def unavailable() -> str | None:
 
 def unsupported(problem: EditProblem) -> str | None:
     """Why this edit is not for these kernels; None if it is."""
-    p = problem
-    device = p.h.device
+    return unsupported_device(problem.h.device, "h") or unsupported_operands(problem) or transformed(problem)
+
+
+def unsupported_device(device: torch.device, what: str) -> str | None:
+    """Why no kernel of the library runs where ``what`` is; None if they do."""
     if device.type != "cuda":
-        return f"needs h on a CUDA device, got {device}"
+        return f"needs {what} on a CUDA device, got {device}"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < MIN_CAPABILITY:
         return f"needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer, got {major}.{minor}"
-    return cannot_launch(device.index) or unsupported_operands(p) or transformed(p)
+    return cannot_launch(device.index)
 
 
 @functools.cache

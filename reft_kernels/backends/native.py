@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reft_kernels.backends.barrier_words import barrier_word
+from reft_kernels.backends.barrier_words import barrier_word_beside
 from reft_kernels.backends.native_schemas import FINGERPRINT, SCHEMAS
 from reft_kernels.backends.tensors import (
     NO_PLACES,
@@ -147,13 +147,9 @@ class NativeOps:
             gs = None if linear else torch.empty_like(delta)
             add = sum(1 << i for i, place in enumerate(places) if place is not None)
             copy_idle = dh is not None and p.positions is None and p.group is not None and dh is not grad
-            barrier = None
-            if grad.is_cuda:
-                with torch.cuda.device(grad.device):  # whether a graph is being captured is asked of the current one
-                    barrier = barrier_word(grad.device)
             self._backward(
                 grad, dh, with_unit_stride(p.h), *_operands(p), delta, None if linear else s, gd, gs, dR, dW, db, dc,
-                add, rebuild, copy_idle, barrier,
+                add, rebuild, copy_idle, barrier_word_beside(grad),
             )  # fmt: skip
         return dh, dR, dW, db, dc
 

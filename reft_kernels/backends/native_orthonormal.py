@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels.backends import native
+from reft_kernels.backends.barrier_words import barrier_word_beside
 from reft_kernels.backends.native_schemas import ORTHONORMAL_SCHEMAS
 from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem
 
@@ -30,7 +31,7 @@ class NativeOrthonormalOps:
             return (), torch.empty(0, dtype=torch.float64)
         R, parts = _parts_of_one(p.X[0], [x.shape[::-1] for x in p.X])
         factors = R.new_empty(sum(4 * len(part) ** 2 for part in parts), dtype=torch.float64)
-        self._forward(p.X, p.reflectors, p.signs, R, factors)
+        self._forward(p.X, p.reflectors, p.signs, R, factors, barrier_word_beside(R))
         return parts, factors
 
     def orthonormalize_backward(
@@ -47,7 +48,7 @@ class NativeOrthonormalOps:
             factors = torch.cat([of_each[i] for i in asked])
             p = OrthonormalProblem(*(tuple(tensors[i] for i in asked) for tensors in p))
         dX, parts = _parts_of_one(p.X[0], [x.shape for x in p.X])
-        self._backward(some, p.X, p.reflectors, p.signs, factors, dX)
+        self._backward(some, p.X, p.reflectors, p.signs, factors, dX, barrier_word_beside(dX))
         if len(some) == len(grads):
             return parts
         remaining = iter(parts)
@@ -63,7 +64,7 @@ class NativeOrthonormalOps:
         self._step(
             p.parameters, p.gradients, p.exp_avgs, p.exp_avg_sqs, p.steps, p.orthonormal, p.weight_decays, lr,
             lr_tensor, p.beta1, p.beta2, p.eps, p.max_norm or 0.0, p.riemannian, p.maximize, p.grad_scale, p.found_inf,
-            norm,
+            norm, barrier_word_beside(p.parameters[0]),
         )  # fmt: skip
         for written in (p.parameters, p.exp_avgs, p.exp_avg_sqs, p.steps):
             torch.autograd.graph.increment_version(written)

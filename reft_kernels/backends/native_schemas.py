@@ -16,16 +16,16 @@ SCHEMAS = (
     "Tensor(b!) gd, Tensor(c!)? gs, Tensor(d!)? dR, Tensor(e!)? dW, Tensor(f!)? db, Tensor(g!)? dc, int add, "
     "bool rebuild, bool copy_idle, Tensor(h!)? barrier) -> ()",
 )
-# R and dX hold all matrices, one after the other.
+# R and dX hold all matrices, one after the other; workspace is allocated on GPUs alone.
 ORTHONORMAL_SCHEMAS = (
     "native_orthonormalize_forward(Tensor[] X, Tensor[] reflectors, Tensor[] signs, Tensor(a!) R, "
-    "Tensor(b!) factors) -> ()",
+    "Tensor(b!) factors, Tensor(c!)? barrier) -> ()",
     "native_orthonormalize_backward(Tensor[] grads, Tensor[] X, Tensor[] reflectors, Tensor[] signs, Tensor factors, "
-    "Tensor(a!) dX) -> ()",
+    "Tensor(a!) dX, Tensor(b!)? barrier) -> ()",
     "native_stiefel_adamw_step(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, int[] orthonormal, float[] weight_decays, float lr, "
     "Tensor? lr_tensor, float beta1, float beta2, float eps, float max_norm, bool riemannian, bool maximize, "
-    "Tensor? grad_scale, Tensor? found_inf, Tensor(e!)? norm) -> ()",
+    "Tensor? grad_scale, Tensor? found_inf, Tensor(e!)? norm, Tensor(f!)? barrier) -> ()",
 )
 # Compiled into the library: an implementation for other schemas would take its arguments for what they are not.
 FINGERPRINT = hashlib.sha256("\n".join(SCHEMAS + ORTHONORMAL_SCHEMAS).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from reft_kernels.backends import cpu_orthonormal, eager_orthonormal, triton_orthonormal
+from reft_kernels.backends import cpu_orthonormal, cuda_orthonormal, eager_orthonormal, triton_orthonormal
 from reft_kernels.orthonormal_problem import OrthonormalProblem, StiefelProblem, device_and_dtype
 
 
@@ -37,6 +37,7 @@ class OrthonormalBackend(Protocol):
 
 BACKENDS: dict[str, OrthonormalBackend] = {
     "triton": triton_orthonormal,
+    "cuda": cuda_orthonormal,
     "cpu": cpu_orthonormal,
     "eager": eager_orthonormal,
 }

@@ -57,6 +57,9 @@ REFT_DEVICE void sync_warp() {
 REFT_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+REFT_DEVICE double shuffle_xor(double value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
 REFT_DEVICE float shuffle(float value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
@@ -85,6 +88,12 @@ REFT_DEVICE void store_8(void* address, const Vector8& v) {
 REFT_DEVICE float load_from_other_block(const float* address) {
   float value;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+  return value;
+}
+
+REFT_DEVICE double load_from_other_block(const double* address) {
+  double value;
+  asm volatile("ld.global.cg.f64 %0, [%1];" : "=d"(value) : "l"(address) : "memory");
   return value;
 }
 

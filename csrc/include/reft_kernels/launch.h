@@ -39,6 +39,16 @@ std::string cannot_launch(int device);
 std::string edit_forward(const EditForwardParams& params, int device, void* stream);
 std::string edit_backward(const EditBackwardParams& params, int device, void* stream);
 
+// Memory for so many float64 on the device, which lasts until what is enqueued afterwards has run.
+using Allocate = std::function<double*(int64_t count)>;
+
+std::string orthonormalize_forward(const OrthonormalizeParams& params, int device, void* stream,
+                                   const Allocate& allocate);
+std::string orthonormalize_backward(const OrthonormalizeParams& params, int device, void* stream,
+                                    const Allocate& allocate);
+std::string stiefel_adamw_step(const StiefelAdamWParams& params, int device, void* stream,
+                               const Allocate& allocate);
+
 }  // namespace cuda
 
 }  // namespace reft_kernels

@@ -22,6 +22,7 @@ struct OrthonormalizeParams {
   const OrthonormalizeMatrix* matrices = nullptr;  // on the host
   int64_t count = 0;
   DType type = DType::kFloat32;  // or kFloat64
+  uint32_t* barrier = nullptr;   // CUDA: one word at rest, no other launch's at the same time
 };
 
 }  // namespace reft_kernels

@@ -202,6 +202,8 @@ struct Tops {
 //   C = T V_top^T,   K = T_B (B_top^T S D - M C D)
 //
 // The head has R's large elements, differences of larger ones: not for float32. `work` has 3 r^2 elements.
+// Once T and T_B are there `gram` is not read again, and u, head and `work` but for its first r^2 elements
+// are not written before: they may lie over it.
 template <typename Team, typename E, typename U>
 REFT_TEAM_INLINE void orthonormalize_weights(const Team& team, const Tops<E>& tops, const double* gram,
                                              const OrthonormalizeFactors& f, U* u, double* head,

@@ -33,6 +33,7 @@ struct StiefelAdamWParams {
   bool maximize = false;
   const float* grad_scale = nullptr;  // what the gradients were multiplied by; null: 1
   const float* found_inf = nullptr;   // not zero: nothing shall change; null: 0
+  uint32_t* barrier = nullptr;        // CUDA: one word at rest, no other launch's at the same time
 };
 
 }  // namespace reft_kernels
