@@ -11,6 +11,7 @@ layer, and the loss on held-out rows before and after. Rows are those of ``pytho
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -57,18 +58,25 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call has written")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    runs: dict[str, Any] = {}
+    path = options.out / "orthogonality.json"
+    runs: dict[str, Any] = json.loads(path.read_text())["runs"] if options.resume and path.exists() else {}
     total = len(options.kinds) * len(options.seeds) * options.steps
     with Progress() as progress:
         task = progress.add_task("training", total=total)
         for seed in options.seeds:
             for kind in options.kinds:
+                if f"{kind} {seed}" in runs:
+                    progress.advance(task, options.steps)
+                    continue
                 runs[f"{kind} {seed}"] = _run(kind, seed, options, lambda: progress.advance(task))
                 _keep(runs, options)
-    _print(_keep(runs, options))
+    found = _keep(runs, options)
+    draw(found, options.out / "orthogonality.png")
+    _print(found)
     return 0
 
 
@@ -85,7 +93,6 @@ def _keep(runs: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     store.write_json(options.out / "orthogonality.json", found)
-    draw(found, options.out / "orthogonality.png")
     return found
 
 
@@ -202,7 +209,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         xlabel="step", ylabel="training loss (mean of 5 steps)", title=f"{found['task']}, SmolLM2-135M, LoReFT r=8"
     )
     left.set_yscale("log")
-    right.set(xlabel="step", ylabel="max |R R$^T$ - I|", title="distance from orthonormal rows, worst layer")
+    right.set(xlabel="step", ylabel="max |R Rᵀ − I|", title="distance from orthonormal rows, worst layer")
     right.set_yscale("log")
     left.legend()
     environment = found["environment"]
