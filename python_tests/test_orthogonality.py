@@ -183,6 +183,19 @@ def test_save_load_and_on(orthogonality: str, weight_decay: float) -> None:
     assert orthonormality(again.weight) < 1e-6
 
 
+@pytest.mark.parametrize("orthogonality", ["householder", "polar"])
+@pytest.mark.parametrize(("d", "r"), [(4096, 8), (8192, 64)])
+def test_large_rows_stay_orthonormal(d: int, r: int, orthogonality: str) -> None:
+    rows = make_rows(d, r, orthogonality)
+    assert orthonormality(rows.weight) < 1e-6
+    optimizer = StiefelAdamW(rows.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (rows.weight * torch.randn(r, d)).sum().backward()
+        optimizer.step()
+        assert orthonormality(rows.weight) < 1e-6
+
+
 def test_copies_and_loaded_parameters_are_still_points_of_the_manifold() -> None:
     rows = StiefelRows(12, 3)
     loaded = StiefelRows(12, 3)
