@@ -12,10 +12,13 @@ namespace reft_kernels {
 
 using Tensors = std::vector<Tensor>;
 
-// Of a contiguous tensor of so many elements of a type.
-inline void* contiguous_data(const Tensor& tensor, int64_t elements, DType type) {
+// Of a contiguous tensor of so many elements of a type, on the device of another.
+inline void* contiguous_data(const Tensor& tensor, const Tensor& beside, int64_t elements, DType type) {
   STD_TORCH_CHECK(tensor.is_contiguous() and tensor.numel() == elements and dtype_of(tensor) == type,
                   "reft_kernels: expected contiguous tensors of one type that belong together");
+  STD_TORCH_CHECK(
+      tensor.is_cuda() == beside.is_cuda() and tensor.get_device_index() == beside.get_device_index(),
+      "reft_kernels: expected all tensors on one device");
   return tensor.mutable_data_ptr();
 }
 
@@ -61,15 +64,15 @@ inline OrthonormalizeOperands orthonormalize_backward_operands(const Tensors& gr
     a.d = X[i].size(0);
     a.r = static_cast<int32_t>(X[i].size(1));
     STD_TORCH_CHECK(a.d >= a.r, "reft_kernels: expected no more columns of X than rows");
-    a.X = contiguous_data(X[i], a.d * a.r, type);
-    a.reflectors = contiguous_data(reflectors[i], a.d * a.r, type);
-    a.signs = contiguous_data(signs[i], a.r, type);
-    if (not grads.empty()) a.grad = contiguous_data(grads[i], a.d * a.r, type);
+    a.X = contiguous_data(X[i], X[0], a.d * a.r, type);
+    a.reflectors = contiguous_data(reflectors[i], X[0], a.d * a.r, type);
+    a.signs = contiguous_data(signs[i], X[0], a.r, type);
+    if (not grads.empty()) a.grad = contiguous_data(grads[i], X[0], a.d * a.r, type);
     elements += a.d * a.r;
     factor_count += int64_t{4} * a.r * a.r;
   }
-  char* to = static_cast<char*>(contiguous_data(out, elements, type));
-  double* factors_to = static_cast<double*>(contiguous_data(factors, factor_count, DType::kFloat64));
+  char* to = static_cast<char*>(contiguous_data(out, X[0], elements, type));
+  double* factors_to = static_cast<double*>(contiguous_data(factors, X[0], factor_count, DType::kFloat64));
   for (OrthonormalizeMatrix& a : operands.matrices) {
     a.out = to;
     a.factors = factors_to;
@@ -93,8 +96,8 @@ struct StiefelAdamWOperands {
   StiefelAdamWParams params;
 };
 
-inline const float* scalar(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const float*>(contiguous_data(*tensor, 1, DType::kFloat32)) : nullptr;
+inline const float* scalar(const OptionalTensor& tensor, const Tensor& beside) {
+  return tensor ? static_cast<const float*>(contiguous_data(*tensor, beside, 1, DType::kFloat32)) : nullptr;
 }
 
 inline StiefelAdamWOperands stiefel_adamw_operands(
@@ -122,11 +125,11 @@ inline StiefelAdamWOperands stiefel_adamw_operands(
       a.r = static_cast<int32_t>(parameters[i].size(0));
       a.d = parameters[i].size(1);
     }
-    a.parameter = contiguous_data(parameters[i], elements, p.type);
-    a.gradient = contiguous_data(gradients[i], elements, p.type);
-    a.exp_avg = contiguous_data(exp_avgs[i], elements, p.type);
-    a.exp_avg_sq = contiguous_data(exp_avg_sqs[i], elements, p.type);
-    a.step = static_cast<float*>(contiguous_data(steps[i], 1, DType::kFloat32));
+    a.parameter = contiguous_data(parameters[i], parameters[0], elements, p.type);
+    a.gradient = contiguous_data(gradients[i], parameters[0], elements, p.type);
+    a.exp_avg = contiguous_data(exp_avgs[i], parameters[0], elements, p.type);
+    a.exp_avg_sq = contiguous_data(exp_avg_sqs[i], parameters[0], elements, p.type);
+    a.step = static_cast<float*>(contiguous_data(steps[i], parameters[0], 1, DType::kFloat32));
     a.weight_decay = weight_decays[i];
   }
   p.tensors = operands.tensors.data();
@@ -134,17 +137,17 @@ inline StiefelAdamWOperands stiefel_adamw_operands(
   p.lr = lr;
   if (lr_tensor) {
     p.lr_type = float_or_double(*lr_tensor);
-    p.lr_tensor = contiguous_data(*lr_tensor, 1, p.lr_type);
+    p.lr_tensor = contiguous_data(*lr_tensor, parameters[0], 1, p.lr_type);
   }
   p.beta1 = beta1;
   p.beta2 = beta2;
   p.eps = eps;
   p.max_norm = max_norm;
-  if (norm) p.norm = static_cast<double*>(contiguous_data(*norm, 1, DType::kFloat64));
+  if (norm) p.norm = static_cast<double*>(contiguous_data(*norm, parameters[0], 1, DType::kFloat64));
   p.riemannian = riemannian;
   p.maximize = maximize;
-  p.grad_scale = scalar(grad_scale);
-  p.found_inf = scalar(found_inf);
+  p.grad_scale = scalar(grad_scale, parameters[0]);
+  p.found_inf = scalar(found_inf, parameters[0]);
   p.barrier = barrier_word(barrier, parameters[0]);
   return operands;
 }

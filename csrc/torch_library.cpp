@@ -73,6 +73,7 @@ struct CudaOpOfLists<function, make_operands, Operands (*)(Arguments...)> {
   static void run(Arguments... arguments) {
     const Operands operands = make_operands(arguments...);
     const OptionalTensor& barrier = std::get<sizeof...(arguments) - 1>(std::tie(arguments...));
+    STD_TORCH_CHECK(barrier, "reft_kernels: expected tensors on a GPU, with a barrier");
     const int device = barrier->get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     std::optional<Tensor> workspace;  // given back to torch, which keeps it until the stream has come so far

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
-from reft_kernels import OrthonormalRows
+from reft_kernels import OrthonormalRows, orthonormal_rows
 from reft_kernels.testing import assert_bitwise_equal
 
 SIZES = [(12, 4), (5, 5), (7, 1), (1, 1), (64, 8), (33, 32)]
@@ -350,7 +350,9 @@ def test_backward_of_an_old_R_after_X_was_written_is_an_error() -> None:
     torch.autograd.grad(R.pow(3).sum(), module.X)
     with torch.no_grad():
         module.X.mul_(1.5)
-    with pytest.raises(RuntimeError, match=r"X \[8, 3\].*modified by an inplace operation.*read `weight` again"):
+    with pytest.raises(
+        RuntimeError, match=r"X \[8, 3\], number 0 .*modified by an inplace operation.*read `weight` again"
+    ):
         torch.autograd.grad(R.pow(3).sum(), module.X)
     torch.autograd.grad(module.weight.pow(3).sum(), module.X)
 
@@ -480,3 +482,107 @@ def test_a_narrow_default_dtype_changes_nothing() -> None:
         torch.set_default_dtype(default)
     assert module.weight.dtype == torch.float32
     assert orthonormality(module.weight) < 1e-6
+
+
+# What a review found.
+
+
+def test_an_R_that_was_written_is_computed_anew() -> None:
+    module, other = moved(8, 3), moved(8, 3)
+    kept, kept_other = (R.detach().clone() for R in orthonormal_rows([module, other]))
+    with torch.no_grad():
+        module.weight.mul_(3)
+    assert_bitwise_equal(module.weight.detach(), kept)
+    assert_bitwise_equal(other.weight.detach(), kept_other)
+    (module.weight.pow(3).sum() + other.weight.pow(3).sum()).backward()
+    assert bool(module.X.grad.any())
+
+
+def test_what_another_process_may_write_is_not_kept() -> None:
+    module = moved(8, 3)
+    module.share_memory()
+    R = module.weight
+    assert module.weight is not R
+    assert_bitwise_equal(module.weight.detach(), R.detach())
+
+
+def test_invalidate_forgets_R() -> None:
+    module = moved(8, 3)
+    R = module.weight
+    module.invalidate()
+    assert module.weight is not R
+
+
+def test_a_move_leaves_no_memory_behind() -> None:
+    module = moved(8, 3)
+    module.weight.sum()
+    module.to("meta")
+    assert module._cache is None
+
+
+def test_a_write_to_one_X_is_no_concern_of_the_others() -> None:
+    one, other = moved(8, 3), moved(8, 3)
+    rows = orthonormal_rows([one, other])
+    rows[0].pow(3).sum().backward(retain_graph=True)
+    with torch.no_grad():
+        one.X.mul_(1.5)
+    rows[1].pow(3).sum().backward()
+    assert bool(other.X.grad.any())
+    with pytest.raises(RuntimeError, match=r"X \[8, 3\], number 0 of those"):
+        rows[0].pow(3).sum().backward()
+
+
+def test_torch_func_and_forward_mode_follow_R() -> None:
+    module = moved(8, 3, dtype=torch.float64)
+    (want,) = torch.autograd.grad(module.weight.pow(3).sum(), module.X)
+    X = {"X": module.X.detach()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return (
+            torch.func.functional_call(_Weight(module), {f"module.{k}": v for k, v in parameters.items()}).pow(3).sum()
+        )
+
+    torch.testing.assert_close(torch.func.grad(loss)(X)["X"], want)
+    tangent = torch.randn(8, 3, dtype=torch.float64)
+    _, directional = torch.func.jvp(loss, (X,), ({"X": tangent},))
+    torch.testing.assert_close(directional, (want * tangent).sum())
+    batched = torch.func.vmap(lambda x: loss({"X": x}))(torch.stack([X["X"], X["X"]]))
+    torch.testing.assert_close(batched, loss(X).expand(2))
+
+
+class _Weight(nn.Module):
+    def __init__(self, module: OrthonormalRows) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self) -> Tensor:
+        return self.module.weight
+
+
+def test_compiled_modules_of_different_dtypes() -> None:
+    torch._dynamo.reset()
+    modules = [moved(8, 3), moved(9, 2, dtype=torch.float64), moved(8, 3)]
+    compiled = torch.compile(lambda: orthonormal_rows(modules), fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(), orthonormal_rows(modules), strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("X", "reflectors", "signs", "words"),
+    [
+        ([], [], [], "expected as many of each and at least one, got 0, 0 and 0"),
+        ([(8, 3)], [(8, 3)], [], "expected as many of each and at least one, got 1, 1 and 0"),
+        (
+            [(8, 3)],
+            [(8, 2)],
+            [(3,)],
+            r"number 0: expected \[d, r\], \[d, r\] and \[r\] .*got \[8, 3\], \[8, 2\] and \[3\]",
+        ),
+        ([(3, 8)], [(3, 8)], [(8,)], "number 0: expected .* with r <= d"),
+    ],
+)
+def test_operands_of_the_op_that_do_not_fit(X, reflectors, signs, words: str) -> None:
+    operands = ([torch.zeros(shape) for shape in shapes] for shapes in (X, reflectors, signs))
+    with pytest.raises(ValueError, match=words):
+        torch.ops.reft_kernels.orthonormalize_forward(*operands, "auto")

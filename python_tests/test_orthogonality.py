@@ -378,6 +378,43 @@ def test_slices_of_ranks_and_groups_stay_orthonormal(orthogonality: str) -> None
             torch.testing.assert_close(edited @ w.R[part].T, h @ w.W[part].T + w.b[part], rtol=1e-6, atol=1e-6)
 
 
+def test_a_frozen_R_stays_frozen_when_it_is_converted() -> None:
+    module = LoreftIntervention(embed_dim=12, low_rank_dimension=3).requires_grad_(False)
+    module.rotate_layer.set_orthogonality("polar")
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_an_adapter_that_cannot_be_converted_changes_nothing(tmp_path: Path) -> None:
+    def make(orthogonality: str) -> ReftModel:
+        config = ReftConfig(method="loreft", layers="all", rank=2, orthogonality=orthogonality)
+        return get_reft_model(tiny_model("llama"), config).eval()
+
+    free, mine = make("none"), make("householder")
+    with torch.no_grad():
+        [*free.interventions.values()][-1].rotate_layer.rows.R.mul_(2)
+    free.save(tmp_path / "adapter")
+    before = {name: value.clone() for name, value in mine.interventions.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot be made householder: R: expected orthonormal rows"):
+        mine.load_adapter(tmp_path / "adapter")
+    for name, value in mine.interventions.state_dict().items():
+        assert_bitwise_equal(value, before[name])
+
+
+@pytest.mark.parametrize("orthogonality", ORTHOGONALITIES)
+def test_narrow_states_are_read_wide(orthogonality: str) -> None:
+    for rows in (make_rows(12, 3, orthogonality), ComplementRows(12, 3, orthogonality, random_R(12, 2))):
+        rows.load_state_dict({name: value.bfloat16() for name, value in rows.state_dict().items()}, assign=True)
+        assert rows.weight.dtype == torch.float32
+
+
+def test_shards_of_polar_rows_are_an_error() -> None:
+    class DTensor(nn.Parameter):
+        """Stands for the shards that FSDP2 puts in place of parameters."""
+
+    with pytest.raises(TypeError, match="R: expected a whole tensor, got a shard"):
+        StiefelRows(12, 3).R = DTensor(torch.zeros(1, 12))
+
+
 def test_methods_without_orthonormal_rows_take_none() -> None:
     for name, kind in METHODS.items():
         module = kind(embed_dim=8, low_rank_dimension=2, orthogonality="none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -256,4 +257,69 @@ def test_parameters_that_cannot_be_constrained() -> None:
     sparse.grad = torch.zeros(3).to_sparse()
     optimizer = StiefelAdamW([sparse])
     with pytest.raises(TypeError, match="expected dense real gradients"):
+        optimizer.step()
+
+
+def test_a_loaded_state_leaves_the_constraints_as_they_are() -> None:
+    R = nn.Parameter(torch.linalg.qr(torch.randn(12, 3)).Q.T.contiguous())
+    adamw = torch.optim.AdamW([R], lr=1e-2)
+    R.grad = torch.randn(3, 12)
+    adamw.step()
+    with torch.no_grad():
+        R.copy_(torch.linalg.qr(torch.randn(12, 3)).Q.T)
+    optimizer = StiefelAdamW([{"params": [R], "orthonormal": True}], lr=1e-2)
+    optimizer.load_state_dict(adamw.state_dict())
+    for _ in range(3):
+        optimizer.step()
+    assert (R @ R.T - torch.eye(3)).abs().max() < 1e-6
+
+
+def test_what_can_no_longer_be_constrained_is_an_error() -> None:
+    for change in (
+        lambda rows: rows.load_state_dict({"R": rows.R.detach().bfloat16()}, assign=True),
+        lambda rows: setattr(rows.R, "data", rows.R.data.T.contiguous().T),
+    ):
+        rows = StiefelRows(12, 3)
+        change(rows)
+        optimizer = None
+        rows.R.grad = torch.randn_like(rows.R)
+        with pytest.raises(
+            ValueError, match="expected contiguous float32 or float64 where rows are to stay orthonormal"
+        ):
+            optimizer = StiefelAdamW(rows.parameters())
+        assert optimizer is None
+    rows = StiefelRows(12, 3)
+    optimizer = StiefelAdamW(rows.parameters())
+    rows.R.data = rows.R.data.T.contiguous().T
+    rows.R.grad = torch.randn(3, 12)
+    with pytest.raises(ValueError, match="float32 that is not contiguous"):
+        optimizer.step()
+
+
+def test_copies_and_pickles_go_on() -> None:
+    module = nn.Linear(4, 2)
+    optimizer = StiefelAdamW(module.parameters(), lr=1e-2, max_norm=0.5, riemannian=True)
+    module(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert (twin.max_norm, twin.riemannian, twin.backend) == (0.5, True, "auto")
+        twin.step()
+        assert twin.grad_norm is None or twin.grad_norm.isfinite()
+
+
+def test_a_rate_on_another_device_is_an_error() -> None:
+    module = nn.Linear(4, 2)
+    optimizer = StiefelAdamW(module.parameters(), lr=torch.tensor(1e-2, device="meta"), backend="cpu")
+    module(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(ValueError, match="backend='cpu' cannot take these matrices"):
+        optimizer.step()
+
+
+def test_state_that_stayed_on_another_device_is_an_error() -> None:
+    module = nn.Linear(4, 2)
+    optimizer = StiefelAdamW(module.parameters())
+    module(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    optimizer.state[module.bias]["exp_avg"] = torch.zeros(2, device="meta")
+    with pytest.raises(RuntimeError, match="expected parameters where their state is, on meta, got one on cpu"):
         optimizer.step()

@@ -94,7 +94,7 @@ class ComplementRows(nn.Module):
 
     def _turned(self, rows: Tensor, transposed: bool) -> Tensor:
         """rows H^T, or rows H. Sums over d in float64, as for every R."""
-        F = self.reflectors
+        F = self.reflectors.to(rows.dtype)
         wide = F.double()
         gram = wide.T @ wide
         inverse = gram.triu(1) + (gram.diagonal() / 2).diag()  # T^-1

@@ -101,6 +101,7 @@ class RotateLayer(nn.Module):
         rows = make_rows(d, r, orthogonality) if fixed is None else ComplementRows(d, r, orthogonality, fixed)
         rows = rows.to(R.device, R.dtype)
         rows.assign(R)
+        rows.requires_grad_(any(p.requires_grad for p in self.rows.parameters()))
         self.rows = rows.train(self.rows.training)
 
     @property

@@ -474,7 +474,8 @@ class ReftModel(nn.Module):
                 )
             _check_same_edit(f"the adapter in {load_directory}: {key}", mine, loaded)
         for key, loaded in zip(keys, modules, strict=True):
-            _match_orthogonality(loaded, self.interventions[key])
+            _match_orthogonality(f"the adapter in {load_directory}: {key}", loaded, self.interventions[key])
+        for key, loaded in zip(keys, modules, strict=True):
             self.interventions[key].load_state_dict(loaded.state_dict())
 
 
@@ -483,17 +484,20 @@ def _check_same_edit(place: str, mine: nn.Module, loaded: nn.Module) -> None:
     if not (isinstance(mine, Intervention) and isinstance(loaded, Intervention)):
         return
     ours, theirs = mine.settings(), loaded.settings()
-    for name in ("embed_dim", "low_rank_dimension", "act_fn", "add_bias"):
-        if ours[name] != theirs[name]:
-            raise ValueError(f"{place} has {name}={theirs[name]!r}, this model has {ours[name]!r}")
+    for name in ("embed_dim", "low_rank_dimension", "act_fn", "add_bias", "orthogonal_to"):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(f"{place} has {name}={theirs.get(name)!r}, this model has {ours.get(name)!r}")
 
 
-def _match_orthogonality(loaded: nn.Module, mine: nn.Module) -> None:
+def _match_orthogonality(place: str, loaded: nn.Module, mine: nn.Module) -> None:
     """Brings a loaded R into the parametrisation of the model's own."""
     if isinstance(loaded, Intervention) and isinstance(mine, Intervention) and loaded.orthonormal:
         wanted = mine.rotate_layer.rows.orthogonality
         if loaded.rotate_layer.rows.orthogonality != wanted:
-            loaded.rotate_layer.set_orthogonality(wanted)
+            try:
+                loaded.rotate_layer.set_orthogonality(wanted)
+            except ValueError as error:
+                raise ValueError(f"{place} cannot be made {wanted}: {error}") from error
 
 
 def _remove(handles: Sequence[Any]) -> None:

@@ -25,20 +25,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from reft_kernels import orthonormal_reference
 from reft_kernels.autograd import first_derivative_only
 from reft_kernels.backends.orthonormal_registry import choose
 from reft_kernels.debug import debug_is_on
 from reft_kernels.orthonormal_ops import NO_SECOND_DERIVATIVE
 from reft_kernels.orthonormal_problem import OrthonormalProblem
 from reft_kernels.problem import wide_default_dtype, without_autocast
+from reft_kernels.transforms import has_tangent, torch_func_is_active
 
 _optimizer_steps = 0
+_steps_are_captured = False
 
 
 def _count_optimizer_step(*_: Any) -> None:
-    """Some optimisers write parameters behind autograd's back, by kernels of their own."""
-    global _optimizer_steps
+    """Some optimisers write parameters behind autograd's back, by kernels of their own, or in a graph's replays."""
+    global _optimizer_steps, _steps_are_captured
     _optimizer_steps += 1
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _steps_are_captured = True
 
 
 register_optimizer_step_post_hook(_count_optimizer_step)
@@ -64,11 +69,13 @@ class WatchedParameter(nn.Parameter):
 class OrthonormalRows(nn.Module):
     """R [r, d] with orthonormal rows, as a function of an unconstrained parameter X [d, r].
 
-    ``weight`` is R in float32 (float64 if X is), differentiable to X once. It is computed once and kept until X
-    changes: in place, through ``.data``, by an optimiser's step, by ``load_state_dict``, by a move to another device or
-    because another tensor takes its place. What leaves no trace anywhere, such as a write through NumPy's view of X or
-    through a ``.data`` taken long before, is not seen. The state (X and the base) is exact: a module that loads it has
-    the same R, bit for bit. Several modules' R are one computation in :func:`orthonormal_rows`.
+    ``weight`` is R in float32 (float64 if X is), differentiable to X once, and not to be written. It is computed once
+    and kept until X changes: in place, through ``.data``, by an optimiser's step, by ``load_state_dict``, by a move to
+    another device or because another tensor takes its place. What leaves no trace anywhere is not seen: a write through
+    NumPy's view of X or through a ``.data`` taken long before, or a collective of ``torch.distributed`` that writes X;
+    call :meth:`invalidate` after those. The state (X and the base) is exact: a module that loads it has the same R, bit
+    for bit. Several modules' R are one computation in :func:`orthonormal_rows`. Under torch.func and forward-mode
+    differentiation R is computed in PyTorch's operations, which have every derivative.
 
     Args:
         d: the length of a row.
@@ -136,21 +143,25 @@ class OrthonormalRows(nn.Module):
         """Changes whenever X or the base may have changed. None where that would not be seen, and nothing is kept.
 
         It is not seen of tensors made in inference mode, nor during and after the capture of a CUDA graph: the graph
-        must hold R's own computation, and its replays may write X without a trace.
+        must hold R's own computation, and its replays may write X without a trace. Nor of memory that processes share.
         """
-        X, B, signs = self._parameters["X"], self._buffers["reflectors"], self._buffers["signs"]
-        assert X is not None
-        assert B is not None
-        assert signs is not None
-        if X.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured, self._cache = True, None
+        X, B, signs = self.X, self.reflectors, self.signs
+        stream = 0
+        if X.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                self._captured, self._cache = True, None
+            if _steps_are_captured:
+                return None
+            stream = torch.cuda.current_stream(X.device).cuda_stream
+        elif X.is_shared():  # by other processes, which may write it
+            return None
         if self._captured or X.is_inference() or B.is_inference() or signs.is_inference():
             return None
         if type(X) is nn.Parameter:  # whoever made it
             X.__class__ = WatchedParameter
         return (
             self._X_set, X.data_ptr(), X._version, getattr(X, "_data_taken", 0), X.requires_grad, X.dtype,
-            B.data_ptr(), B._version, signs.data_ptr(), signs._version, _optimizer_steps,
+            B.data_ptr(), B._version, signs.data_ptr(), signs._version, _optimizer_steps, stream,
         )  # fmt: skip
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -161,8 +172,13 @@ class OrthonormalRows(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrthonormalRows:
         """Moves to another device; a cast to less than float32 (``model.to(bfloat16)``) leaves the dtype alone."""
+        self._cache = None  # or it would hold the other device's memory
         super()._apply(kept_wide(fn), recurse)
         return self
+
+    def invalidate(self) -> None:
+        """Forgets R: it is computed anew when it is read next."""
+        self._cache = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cached R, which belongs to an autograd graph and cannot be copied."""
@@ -177,6 +193,7 @@ class _Cache(NamedTuple):
     key: tuple[Any, ...]
     X: nn.Parameter
     R: Tensor
+    version: int  # of R, which is not to be written
 
 
 def orthonormal_rows(modules: Sequence[OrthonormalRows]) -> list[Tensor]:
@@ -195,22 +212,24 @@ def orthonormal_rows(modules: Sequence[OrthonormalRows]) -> list[Tensor]:
     """
     if torch.compiler.is_compiling():
         return _traced(modules)
+    if torch_func_is_active() or any(has_tangent(module.X) for module in modules):
+        return [_followed(module) for module in modules]
     keys = [module._key() for module in modules]
     found: list[Tensor | None] = []
     stale: dict[tuple[torch.device, torch.dtype], dict[int, OrthonormalRows]] = {}
     for module, key in zip(modules, keys, strict=True):
-        cache, X = module._cache, module._parameters["X"]
-        fresh = cache is not None and key is not None and cache.X is X and cache.key == key
-        found.append(cache.R if fresh and cache is not None else None)
-        if not fresh and X is not None:
+        cache, X = module._cache, module.X
+        if cache is not None and key == cache.key and cache.X is X and cache.R._version == cache.version:
+            found.append(cache.R)
+        else:
+            found.append(None)
             stale.setdefault((X.device, X.dtype), {})[id(module)] = module
     if stale:
         new = {id(m): R for ms in stale.values() for m, R in zip(ms.values(), _computed([*ms.values()]), strict=True)}
         for i, (module, key) in enumerate(zip(modules, keys, strict=True)):
             if found[i] is None:
                 found[i] = R = new[id(module)]
-                X = module._parameters["X"]
-                module.__dict__["_cache"] = None if key is None or X is None else _Cache(key, X, R)
+                module.__dict__["_cache"] = None if key is None else _Cache(key, module.X, R, R._version)
     return [R for R in found if R is not None]
 
 
@@ -248,15 +267,29 @@ def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
+def _followed(module: OrthonormalRows) -> Tensor:
+    """R in PyTorch's operations alone, which torch.func and forward-mode differentiation follow."""
+    with without_autocast(module.X.device):
+        X = module.X.to(torch.promote_types(module.X.dtype, torch.float32))
+        return orthonormal_reference.orthonormalize(X, module.reflectors, module.signs)
+
+
 def _traced(modules: Sequence[OrthonormalRows]) -> list[Tensor]:
-    """As an op in a compiled graph, where nothing is kept."""
-    if not modules:
-        return []
-    with without_autocast(modules[0].X.device):
-        dtype = torch.promote_types(modules[0].X.dtype, torch.float32)
-        operands = ([m.X.to(dtype) for m in modules], [m.reflectors.to(dtype) for m in modules])
-        R, _ = torch.ops.reft_kernels.orthonormalize_forward(*operands, [m.signs.to(dtype) for m in modules], "auto")
-    return list(R)
+    """By the op in a compiled graph, where nothing is kept. An X whose R is not used has a gradient of zeros there."""
+    found: dict[int, Tensor] = {}
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, module in enumerate(modules):
+        kinds.setdefault((module.X.device, module.X.dtype), []).append(i)
+    for (device, dtype), members in kinds.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        with without_autocast(device):
+            operands = (
+                [_dense(t, wide) for t in ts]
+                for ts in zip(*((modules[i].X, modules[i].reflectors, modules[i].signs) for i in members), strict=True)
+            )
+            R, _ = torch.ops.reft_kernels.orthonormalize_forward(*operands, "auto")
+        found.update(zip(members, R, strict=True))
+    return [found[i] for i in range(len(modules))]
 
 
 class _OrthonormalRowsFunction(torch.autograd.Function):
@@ -278,11 +311,11 @@ class _OrthonormalRowsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         p: OrthonormalProblem = ctx.problem
-        for x, version in zip(ctx.parameters, ctx.versions, strict=True):
-            if version is not None and x._version != version:
+        for i, (x, version, grad) in enumerate(zip(ctx.parameters, ctx.versions, grads, strict=True)):
+            if grad is not None and version is not None and x._version != version:
                 raise RuntimeError(
-                    f"X {list(x.shape)}, of which R was computed, has been modified by an inplace operation (an "
-                    "optimiser's step, for instance): read `weight` again and compute the loss from that"
+                    f"X {list(x.shape)}, number {i} of those of which R was computed, has been modified by an inplace "
+                    "operation (an optimiser's step, for instance): read `weight` again and compute the loss from that"
                 )
         if debug_is_on():
             _check_finite(grads)

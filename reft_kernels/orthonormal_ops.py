@@ -29,9 +29,30 @@ library.define(f"orthonormalize_backward(Tensor[] grads, {_OPERANDS}, Tensor fac
 
 
 def _forward(X: list[Tensor], reflectors: list[Tensor], signs: list[Tensor], backend: str) -> tuple[Any, ...]:
-    problem = OrthonormalProblem(tuple(X), tuple(reflectors), tuple(signs))
+    problem = _checked(X, reflectors, signs)
     R, factors = choose(backend, problem).orthonormalize_forward(problem)
     return _apart(R), factors
+
+
+def _checked(X: list[Tensor], reflectors: list[Tensor], signs: list[Tensor]) -> OrthonormalProblem:
+    """The operands, contiguous. Raises ValueError where they do not belong together."""
+    if not len(X) == len(reflectors) == len(signs) > 0:
+        raise ValueError(
+            "X, reflectors, signs: expected as many of each and at least one, "
+            f"got {len(X)}, {len(reflectors)} and {len(signs)}"
+        )
+    first = X[0]
+    for i, (x, B, s) in enumerate(zip(X, reflectors, signs, strict=True)):
+        if x.dim() != 2 or B.shape != x.shape or s.shape != x.shape[1:] or x.shape[0] < x.shape[1]:
+            raise ValueError(
+                f"X, reflectors, signs number {i}: expected [d, r], [d, r] and [r] with r <= d, "
+                f"got {list(x.shape)}, {list(B.shape)} and {list(s.shape)}"
+            )
+        if any(t.dtype != first.dtype or t.device != first.device for t in (x, B, s)):
+            raise ValueError(
+                f"X, reflectors, signs number {i}: expected {first.dtype} on {first.device}, as the first X"
+            )
+    return OrthonormalProblem(*(tuple(t.contiguous() for t in ts) for ts in (X, reflectors, signs)))
 
 
 def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -42,7 +63,7 @@ def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _backward(
     grads: list[Tensor], X: list[Tensor], reflectors: list[Tensor], signs: list[Tensor], factors: Tensor, backend: str
 ) -> list[Tensor]:
-    problem = OrthonormalProblem(tuple(X), tuple(reflectors), tuple(signs))
+    problem = _checked(X, reflectors, signs)
     contiguous = [g.contiguous() for g in grads]
     found = choose(backend, problem).orthonormalize_backward(contiguous, problem, factors)
     return _apart([t for t in found if t is not None])

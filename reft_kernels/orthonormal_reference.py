@@ -1,6 +1,7 @@
 """Matrices with orthonormal rows, written down as the formulas say: the oracle of their tests, in float64 and slow.
 
 Nothing here is fast or shares code with a backend: reflections are applied one by one, polar factors come from an SVD.
+torch.func and forward-mode differentiation, which follow PyTorch's operations alone, take R from here.
 """
 
 from __future__ import annotations

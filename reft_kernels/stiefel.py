@@ -53,8 +53,8 @@ class FreeRows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """R [r, d], the parameter itself."""
-        return self.R
+        """R [r, d], the parameter itself unless it was loaded in less than float32."""
+        return self.R.to(torch.promote_types(self.R.dtype, torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FreeRows:
         """Moves to another device; a cast to less than float32 (``model.to(bfloat16)``) leaves the dtype alone."""
@@ -72,6 +72,9 @@ class StiefelRows(FreeRows):
     Nothing is computed to read it. Its rows stay orthonormal by retraction: a step of an optimiser is followed by the
     polar factor (R R^T)^(-1/2) R, see :class:`StiefelParameter` and :class:`reft_kernels.StiefelAdamW`. Whatever else
     writes R answers for its rows.
+
+    Raises:
+        TypeError: R is replaced by a shard of it, as FSDP2 does: rows cannot be kept orthonormal piece by piece.
     """
 
     orthogonality: ClassVar[str] = "polar"
@@ -91,12 +94,17 @@ class StiefelRows(FreeRows):
 
     @property
     def weight(self) -> Tensor:
-        """R [r, d], the parameter itself."""
+        """R [r, d], the parameter itself unless it was loaded in less than float32."""
         if type(self.R) is nn.Parameter:  # whoever made it
             self.R.__class__ = StiefelParameter
-        return self.R
+        return super().weight
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "R" and type(value).__name__ == "DTensor":
+            raise TypeError(
+                "R: expected a whole tensor, got a shard: rows cannot be kept orthonormal piece by piece. Use "
+                "orthogonality='householder', or leave the interventions out of fully_shard (ignored_params)"
+            )
         super().__setattr__(name, value)
         if name == "R" and type(value) is nn.Parameter:
             value.__class__ = StiefelParameter

@@ -15,6 +15,7 @@ from reft_kernels.orthonormal_problem import StiefelProblem
 from reft_kernels.stiefel import StiefelParameter
 
 _OWN_DTYPES = (torch.float32, torch.float64)
+_NOT_CONSTRAINABLE = "params: expected contiguous float32 or float64 where rows are to stay orthonormal, got {}"
 
 
 class StiefelAdamW(Optimizer):
@@ -133,8 +134,15 @@ class StiefelAdamW(Optimizer):
                     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
+                if state["exp_avg"].device != parameter.device:
+                    raise RuntimeError(
+                        f"params: expected parameters where their state is, on {state['exp_avg'].device}, got one on "
+                        f"{parameter.device}; make the optimiser after the model was moved"
+                    )
                 own = _is_orthonormal(parameter, group)
                 mine = parameter.dtype in _OWN_DTYPES and grad.dtype == parameter.dtype and parameter.is_contiguous()
+                if own and not mine:
+                    raise ValueError(_NOT_CONSTRAINABLE.format(_kind(parameter)))
                 decay = group["weight_decay"]
                 settings = _Settings(
                     parameter.device, parameter.dtype, _number(lr), beta1, beta2, group["eps"], group["maximize"],
@@ -167,15 +175,26 @@ class StiefelAdamW(Optimizer):
         return choose(self.backend, problem).stiefel_adamw_step(problem)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of every optimiser; also reads the state of ``torch.optim.AdamW`` over the same parameters."""
+        """As of every optimiser; also reads the state of ``torch.optim.AdamW`` over the same parameters.
+
+        Which parameters are constrained stays what it is where the state does not say it; ``max_norm`` and
+        ``riemannian`` are no part of the state.
+        """
+        constrained = [group["orthonormal"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group.setdefault("orthonormal", False)
+        for group, own in zip(self.param_groups, constrained, strict=True):
+            group.setdefault("orthonormal", own)
+            _check_group(group)
             for parameter in group["params"]:
                 state = self.state.get(parameter)
                 if state and "step" in state:  # AdamW keeps it on the CPU unless it is fused or capturable
                     step = torch.as_tensor(state["step"], dtype=torch.float32)
                     state["step"] = step.to(parameter.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles."""
+        own = {name: getattr(self, name) for name in ("max_norm", "riemannian", "backend")}
+        return {**super().__getstate__(), **own, "grad_norm": None}
 
 
 class _Settings(NamedTuple):
@@ -206,6 +225,11 @@ def _number(lr: float | Tensor) -> float | int:
     return id(lr) if isinstance(lr, Tensor) else lr
 
 
+def _kind(parameter: Tensor) -> str:
+    layout = "" if parameter.is_contiguous() else " that is not contiguous"
+    return f"{str(parameter.dtype).removeprefix('torch.')}{layout}"
+
+
 def _is_orthonormal(parameter: Tensor, group: dict[str, Any]) -> bool:
     return isinstance(parameter, StiefelParameter) or bool(group.get("orthonormal", False))
 
@@ -229,10 +253,7 @@ def _check_group(group: dict[str, Any]) -> None:
         if len(shape) != 2 or not 1 <= shape[0] <= shape[1]:
             raise ValueError(f"params: expected [r, d] with r <= d where rows are to stay orthonormal, got {shape}")
         if parameter.dtype not in _OWN_DTYPES or not parameter.is_contiguous():
-            kind = str(parameter.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"params: expected contiguous float32 or float64 where rows are to stay orthonormal, got {kind}"
-            )
+            raise ValueError(_NOT_CONSTRAINABLE.format(_kind(parameter)))
 
 
 def _clipped(

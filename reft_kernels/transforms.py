@@ -27,10 +27,11 @@ def transformed(problem: EditProblem) -> str | None:
     """Why an edit has to be carried out in PyTorch's operations alone; None if a kernel may do it."""
     if torch_func_is_active():
         return "a transform of torch.func (vmap, grad, jvp, ...) is active, which follows PyTorch's operations alone"
-    if forward_ad._current_level >= 0 and any(isinstance(t, Tensor) and _has_tangent(t) for t in problem):
+    if any(isinstance(t, Tensor) and has_tangent(t) for t in problem):
         return "an operand has a tangent, and forward-mode differentiation follows PyTorch's operations alone"
     return None
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation follows a tensor."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

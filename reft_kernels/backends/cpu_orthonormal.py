@@ -28,8 +28,11 @@ def unsupported_matrices(problem: OrthonormalProblem | StiefelProblem) -> str | 
         return f"needs matrices on the CPU, got {device}"
     if dtype not in _TYPES:
         return f"needs float32 or float64, got {dtype}"
-    if isinstance(problem, StiefelProblem) and isinstance(problem.lr, Tensor) and problem.lr.dtype not in _TYPES:
-        return f"needs lr in float32 or float64, got {problem.lr.dtype}"
+    if isinstance(problem, StiefelProblem) and isinstance(problem.lr, Tensor):
+        if problem.lr.device != device:
+            return f"needs lr on {device}, got {problem.lr.device}"
+        if problem.lr.dtype not in _TYPES:
+            return f"needs lr in float32 or float64, got {problem.lr.dtype}"
     return None
 
 
