@@ -3,7 +3,8 @@
 The interpreter proper runs one program after the other, so that a program that waits for another one waits forever.
 Here every program is a fork of this process, and the launch's tensors lie in memory that all of them share. The
 interpreter's atomics are those of C++ on the addresses themselves, hence they hold between processes too. Each program
-falls asleep now and then, so that programs drift apart as far as the waiting between them allows.
+falls asleep now and then, so that programs drift apart as far as the waiting between them allows, and one of them,
+which the seed names, rests before every store, so that whoever does not wait for it is far ahead.
 
 What this cannot show: orders of memory accesses that the processor at hand does not have.
 """
@@ -39,7 +40,7 @@ class ParallelKernel:
     Args:
         kernel: the interpreted function.
         timeout: seconds that a launch may take.
-        seed: of the programs' sleeps.
+        seed: of the programs' sleeps; program ``seed`` modulo their number is the slow one.
     """
 
     def __init__(self, kernel: Any, *, timeout: float, seed: int) -> None:
@@ -79,7 +80,7 @@ class ParallelKernel:
                 try:
                     interpreter.interpreter_builder.set_grid_dim(programs, 1, 1)
                     interpreter.interpreter_builder.set_grid_idx(number, 0, 0)
-                    with sleepy(random.Random(f"{self.seed} {number}")):
+                    with sleepy(random.Random(f"{self.seed} {number}"), slow=number == self.seed % programs):
                         fn(**arguments)
                     status = 0
                 except BaseException:
@@ -109,14 +110,15 @@ class ParallelKernel:
 
 
 @contextmanager
-def sleepy(rng: random.Random) -> Iterator[None]:
-    """Within the context a program rests: at its start, before a tenth of its stores, and while it waits."""
+def sleepy(rng: random.Random, slow: bool) -> Iterator[None]:
+    """Within the context a program rests: at its start, before a tenth of its stores (a slow one before all), and while
+    it waits."""
     builder = type(interpreter.interpreter_builder)
     store, atomic = builder.create_masked_store, builder.create_atomic_rmw
 
     def create_masked_store(self: Any, *arguments: Any) -> Any:
-        if rng.random() < 0.1:
-            time.sleep(rng.random() * 0.01)
+        if slow or rng.random() < 0.1:
+            time.sleep(0.01 if slow else rng.random() * 0.01)
         return store(self, *arguments)
 
     def create_atomic_rmw(self: Any, operation: Any, pointer: Any, value: Any, *others: Any) -> Any:
