@@ -186,6 +186,21 @@ def test_the_learned_rows_stay_orthonormal_after_resuming(tmp_path: Path, orthog
         torch.testing.assert_close(basis.T @ basis, torch.eye(2), atol=1e-6, rtol=0)
 
 
+def test_an_optimiser_of_the_callers_own_is_taken(tmp_path: Path) -> None:
+    model = make_model(orthogonality="polar")
+    mine = StiefelAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, riemannian=True)
+    trainer = ReftTrainerForCausalLM(
+        model, arguments(tmp_path, max_steps=3), optimizers=(mine, None), **make_data(model)
+    )
+    before = state(model)
+    trainer.train()
+    assert getattr(trainer.optimizer, "optimizer", trainer.optimizer) is mine
+    assert any(not torch.equal(before[name], value) for name, value in state(model).items())
+    for intervention in model.interventions.values():
+        basis = intervention.rotate_layer.weight.detach()
+        torch.testing.assert_close(basis.T @ basis, torch.eye(2), atol=1e-6, rtol=0)
+
+
 def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base_model(tmp_path: Path) -> None:
     model = make_model()
     options = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
