@@ -258,6 +258,18 @@ def test_a_model_converts(to: str) -> None:
     torch.testing.assert_close(reft_model(**batch).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_of_which_one_R_cannot_be_converted_stays_as_it_is() -> None:
+    config = ReftConfig(method="loreft", layers="all", rank=2, orthogonality="none")
+    reft_model = get_reft_model(tiny_model("llama"), config)
+    with torch.no_grad():
+        [*reft_model.interventions.values()][-1].rotate_layer.rows.R.mul_(2)
+    before = [m.rotate_layer.rows for m in reft_model.interventions.values()]
+    with pytest.raises(ValueError, match="R: expected orthonormal rows"):
+        reft_model.set_orthogonality("polar")
+    assert all(m.rotate_layer.rows is one for m, one in zip(reft_model.interventions.values(), before, strict=True))
+    assert reft_model.config.orthogonality == "none"
+
+
 def test_listed_representations_keep_their_own() -> None:
     own = {"component": "block_output", "low_rank_dimension": 2, "intervention_type": LoreftIntervention}
     config = ReftConfig(

@@ -23,12 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reft_kernels.backends.eager_orthonormal import retracted
 from reft_kernels.complement import ComplementRows
 from reft_kernels.functional import edit
 from reft_kernels.problem import wide_default_dtype
 from reft_kernels.reference import ACTIVATIONS
-from reft_kernels.stiefel import ORTHOGONALITIES, Rows, make_rows
+from reft_kernels.stiefel import ORTHOGONALITIES, Rows, make_rows, retract_
 
 # What pyvene hands to every intervention it builds, and what pyreft's own constructors take without effect.
 _IGNORED = frozenset(
@@ -90,19 +89,23 @@ class RotateLayer(nn.Module):
             else ComplementRows(d, r, orthogonality, orthogonal_to)
         )
 
-    @torch.no_grad()
     def set_orthogonality(self, orthogonality: str, project: bool = False) -> None:
         """Another parametrisation of the same R; ``project`` takes the nearest orthonormal rows where they are not."""
-        R = self.rows.weight.detach()
+        self.rows = self.converted(orthogonality, project)
+
+    @torch.no_grad()
+    def converted(self, orthogonality: str, project: bool = False) -> Rows | ComplementRows:
+        """What :meth:`set_orthogonality` puts in the place of ``rows``. Raises ValueError where that cannot hold R."""
+        R = self.rows.weight.detach().clone()
         if project:
-            R = retracted(R)
+            retract_([R])
         fixed = self.rows.fixed if isinstance(self.rows, ComplementRows) else None
         d, r = self.rows.d, self.rows.r
         rows = make_rows(d, r, orthogonality) if fixed is None else ComplementRows(d, r, orthogonality, fixed)
         rows = rows.to(R.device, R.dtype)
         rows.assign(R)
         rows.requires_grad_(any(p.requires_grad for p in self.rows.parameters()))
-        self.rows = rows.train(self.rows.training)
+        return rows.train(self.rows.training)
 
     @property
     def weight(self) -> Tensor:

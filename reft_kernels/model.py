@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels import checkpoint
+from reft_kernels.complement import ComplementRows
 from reft_kernels.config import ReftConfig, Representation
 from reft_kernels.hooks import CallHook, InputHook, OutputHook, is_fusable
 from reft_kernels.interventions import Intervention, RotateLayer
@@ -127,7 +128,8 @@ class ReftModel(nn.Module):
     def _rows(self) -> list[OrthonormalRows]:
         """The parametrisations of the built-in interventions, as they are now."""
         layers = (getattr(module, "rotate_layer", None) for module in self.interventions.values())
-        parts = (part for layer in layers if isinstance(layer, RotateLayer) for part in layer.modules())
+        rows = (layer.rows for layer in layers if isinstance(layer, RotateLayer))
+        parts = (one.inner if isinstance(one, ComplementRows) else one for one in rows)
         return [part for part in parts if isinstance(part, OrthonormalRows)]
 
     def set_orthogonality(self, orthogonality: str, project: bool = False) -> None:
@@ -139,11 +141,13 @@ class ReftModel(nn.Module):
             orthogonality: "householder", "polar" or "none", see :func:`reft_kernels.stiefel.make_rows`.
             project: take the nearest orthonormal rows where R, trained freely, has no such rows any more.
 
-        Raises ValueError for another name, or rows further than 1e-2 from orthonormal without ``project``.
+        Raises ValueError for another name, or rows further than 1e-2 from orthonormal without ``project``; nothing has
+        changed then.
         """
-        for module in self.interventions.values():
-            if isinstance(module, Intervention) and module.orthonormal:
-                module.rotate_layer.set_orthogonality(orthogonality, project)
+        modules = [m for m in self.interventions.values() if isinstance(m, Intervention) and m.orthonormal]
+        converted = [module.rotate_layer.converted(orthogonality, project) for module in modules]
+        for module, rows in zip(modules, converted, strict=True):
+            module.rotate_layer.rows = rows
         self.config.orthogonality = orthogonality
 
     def remove_hooks(self) -> None:
