@@ -41,7 +41,7 @@ def by_attributes(module: Intervention, base: Tensor) -> Tensor:
     function = {"linear": lambda s: s, **{n: getattr(nn.functional, n) for n in ACTIVATIONS if n != "linear"}}
     if isinstance(module.learned_source, nn.Linear):
         s = h @ module.learned_source.weight.double().T + module.learned_source.bias.double()
-        source = function[module.act_fn](s)
+        source = function[module.activation](s)
     else:
         source = module.learned_source.double()
     name = type(module).__name__
@@ -120,7 +120,7 @@ def test_names_and_shapes_are_pyrefts(method: str) -> None:
     assert (module.embed_dim, module.low_rank_dimension) == (12, 3)
     assert type(module.embed_dim) is type(module.low_rank_dimension) is int
     assert isinstance(module.dropout, nn.Dropout)
-    assert module.act_fn == "linear"
+    assert module.activation == "linear"
     if method in WITH_W:
         assert isinstance(module.learned_source, nn.Linear)
         assert module.learned_source.weight.shape == (3, 12)
@@ -248,7 +248,11 @@ def test_dtypes() -> None:
         ({"embed_dim": 8, "low_rank_dimension": True}, TypeError, "low_rank_dimension: expected an integer"),
         ({"embed_dim": 8, "low_rank_dimension": 9}, ValueError, "low_rank_dimension: expected 1 <= r <= embed_dim=8"),
         ({"embed_dim": 8, "low_rank_dimension": 0}, ValueError, "got 0"),
-        ({"embed_dim": 8, "low_rank_dimension": 2, "act_fn": "swish"}, ValueError, "act_fn: expected one of .*'swish'"),
+        (
+            {"embed_dim": 8, "low_rank_dimension": 2, "act_fn": "swoosh"},
+            ValueError,
+            "act_fn: expected one of .*'swoosh'",
+        ),
         ({"embed_dim": 8, "low_rank_dimension": 2, "dropout": 1.0}, ValueError, "dropout: expected a probability"),
         ({"embed_dim": 8, "low_rank_dimension": 2, "dropout": -1}, ValueError, "dropout: expected a probability"),
     ],
@@ -274,7 +278,7 @@ def test_settings_without_an_effect_are_warned_of() -> None:
     sizes = {"embed_dim": 8, "low_rank_dimension": 2}
     for method in ("consreft", "lobireft"):
         with pytest.warns(UserWarning, match="no effect of act_fn"):
-            assert METHODS[method](**sizes, act_fn="relu").act_fn == "linear"
+            assert METHODS[method](**sizes, act_fn="relu").activation == "linear"
     with pytest.warns(UserWarning, match="no effect of dropout"):
         assert METHODS["consreft"](**sizes, dropout=0.5).dropout.p == 0.0
 

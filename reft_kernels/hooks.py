@@ -19,7 +19,7 @@ from reft_kernels.plan import GenerationPlan, Plan, active_plan, in_backward
 
 def is_fusable(intervention: nn.Module) -> bool:
     """Whether an intervention's edit is one of the built-in formulas: ours, with a forward of its own nowhere."""
-    if not isinstance(intervention, Intervention):
+    if not isinstance(intervention, Intervention) or not intervention.is_fused:
         return False
     for cls in type(intervention).__mro__:
         if "forward" in vars(cls):

@@ -23,11 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reft_kernels.activations import Activation, find_activation
 from reft_kernels.complement import ComplementRows
 from reft_kernels.functional import edit
 from reft_kernels.problem import wide_default_dtype
+from reft_kernels.pyvene_kin import adopt
 from reft_kernels.reference import ACTIVATIONS
-from reft_kernels.stiefel import ORTHOGONALITIES, Rows, make_rows, retract_
+from reft_kernels.rotate_layer import LowRankRotateLayer as LowRankRotateLayer
+from reft_kernels.rotate_layer import RotateLayer
+from reft_kernels.stiefel import ORTHOGONALITIES
 
 # What pyvene hands to every intervention it builds, and what pyreft's own constructors take without effect.
 _IGNORED = frozenset(
@@ -50,7 +54,6 @@ _IGNORED = frozenset(
         "source_representation",
         "subspace_partition",
         "unit",
-        "use_fast",
     }
 )
 
@@ -67,63 +70,6 @@ class EditWeights(NamedTuple):
     dropout: float  # 0 in eval mode
 
 
-class RotateLayer(nn.Module):
-    """R with orthonormal rows under pyreft's name: ``weight`` is R^T [d, r], readable and assignable.
-
-    Args:
-        d, r: the sizes.
-        orthogonality: see :func:`reft_kernels.stiefel.make_rows`.
-        orthogonal_to: rows [k, d] that R stays orthogonal to, or k, see :class:`ComplementRows`.
-
-    Raises:
-        ValueError: an assigned weight is not [d, r] or its columns are not orthonormal.
-    """
-
-    def __init__(
-        self, d: int, r: int, orthogonality: str = "householder", orthogonal_to: Tensor | int | None = None
-    ) -> None:
-        super().__init__()
-        self.rows: Rows | ComplementRows = (
-            make_rows(d, r, orthogonality)
-            if orthogonal_to is None
-            else ComplementRows(d, r, orthogonality, orthogonal_to)
-        )
-
-    def set_orthogonality(self, orthogonality: str, project: bool = False) -> None:
-        """Another parametrisation of the same R; ``project`` takes the nearest orthonormal rows where they are not."""
-        self.rows = self.converted(orthogonality, project)
-
-    @torch.no_grad()
-    def converted(self, orthogonality: str, project: bool = False) -> Rows | ComplementRows:
-        """What :meth:`set_orthogonality` puts in the place of ``rows``. Raises ValueError where that cannot hold R."""
-        R = self.rows.weight.detach().clone()
-        if project:
-            retract_([R])
-        fixed = self.rows.fixed if isinstance(self.rows, ComplementRows) else None
-        d, r = self.rows.d, self.rows.r
-        rows = make_rows(d, r, orthogonality) if fixed is None else ComplementRows(d, r, orthogonality, fixed)
-        rows = rows.to(R.device, R.dtype)
-        rows.assign(R)
-        rows.requires_grad_(any(p.requires_grad for p in self.rows.parameters()))
-        return rows.train(self.rows.training)
-
-    @property
-    def weight(self) -> Tensor:
-        """R^T [d, r] in float32, differentiable to the parameter behind it."""
-        return self.rows.weight.T
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":  # also for an nn.Parameter, which nn.Module would register
-            self.rows.assign(value.T)
-        else:
-            super().__setattr__(name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x R^T in the dtype of R: [..., d] to [..., r]."""
-        weight = self.weight
-        return x.to(weight.dtype) @ weight
-
-
 class Intervention(nn.Module):
     """What the six interventions share.
 
@@ -133,14 +79,22 @@ class Intervention(nn.Module):
         dtype: of ``learned_source`` and ``proj_layer`` (a torch dtype or its name). R with orthonormal rows is
             always float32.
         dropout: probability of dropping an element of an edited row, in training mode.
-        act_fn: f: linear (None), relu, gelu, silu or tanh.
+        act_fn: f: linear (None), relu, gelu, silu or tanh; any other of transformers' ``ACT2FN`` runs as plain PyTorch
+            operations on the rows.
         add_bias: whether ``proj_layer`` has a bias c.
         orthogonality: of the classes with orthonormal rows: "householder" (None), "polar" or "none", see
             :func:`reft_kernels.stiefel.make_rows`. The others take "none" and nothing else.
         orthogonal_to: an intervention with orthonormal rows, or such rows [k, d], that this one's R stays orthogonal
             to; they are copied and stay as they are. (A number k leaves room for k rows that a state dict brings.)
-        **kwargs: pyvene's own fields, which it passes to every intervention that it builds, are ignored in silence;
+        use_fast: what pyvene gives to every intervention; it makes this one pyvene's as well, see
+            :mod:`reft_kernels.pyvene_kin`.
+        **kwargs: pyvene's other fields, which it passes to every intervention that it builds, are ignored in silence;
             others are ignored with a warning.
+
+    Attributes:
+        activation: the name of f.
+        act_fn: f itself.
+        trainable, is_source_constant, keep_last_dim, ...: what pyvene reads of an intervention.
 
     Raises:
         ValueError: r not in [1, d], an unknown activation, a dropout outside [0, 1), an unknown orthogonality or one
@@ -154,6 +108,13 @@ class Intervention(nn.Module):
     has_c: ClassVar[bool] = False
     takes_dropout: ClassVar[bool] = True
 
+    trainable = True
+    is_source_constant = True
+    is_repr_distributed = True
+    keep_last_dim = True
+    subspace_partition = None
+    source_representation = None
+
     def __init__(
         self,
         embed_dim: int | None = None,
@@ -164,9 +125,10 @@ class Intervention(nn.Module):
         add_bias: bool = False,
         orthogonality: str | None = None,
         orthogonal_to: Intervention | Tensor | int | None = None,
+        use_fast: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the next class's: that may be pyvene's, once adopted
         unknown = sorted(set(kwargs) - _IGNORED)
         if unknown:
             warnings.warn(f"{type(self).__name__}: no effect of {', '.join(unknown)}", stacklevel=2)
@@ -174,20 +136,19 @@ class Intervention(nn.Module):
         r = _integer("low_rank_dimension", low_rank_dimension)
         if not 1 <= r <= d:
             raise ValueError(f"low_rank_dimension: expected 1 <= r <= embed_dim={d}, got {r}")
-        act_fn = act_fn or "linear"
-        if act_fn not in ACTIVATIONS:
-            raise ValueError(f"act_fn: expected one of {', '.join(ACTIVATIONS)}, got {act_fn!r}")
+        activation = find_activation(act_fn)
         dropout = dropout or 0.0
         if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
-        if act_fn != "linear" and not self.has_W:
+        if activation.name != "linear" and not self.has_W:
             warnings.warn(f"{type(self).__name__}: no effect of act_fn, as in pyreft", stacklevel=2)
-            act_fn = "linear"
+            activation = find_activation("linear")
         if dropout > 0 and not self.takes_dropout:
             warnings.warn(f"{type(self).__name__}: no effect of dropout, as in pyreft", stacklevel=2)
             dropout = 0.0
         self.embed_dim, self.low_rank_dimension = d, r
-        self.act_fn = act_fn
+        self.activation = activation.name
+        self.act_fn = activation.function
         self.add_bias = bool(add_bias)
         self.dropout = nn.Dropout(dropout)
         dtype = read_dtype(dtype) or torch.float32
@@ -200,6 +161,8 @@ class Intervention(nn.Module):
             self.learned_source: nn.Module | nn.Parameter = nn.Linear(d, r, dtype=dtype)
         else:
             self.learned_source = nn.Parameter(torch.rand(r, dtype=wide_default_dtype()))
+        if use_fast is not None:
+            self.use_fast = use_fast
 
     def edit_weights(self) -> EditWeights:
         """The operands of this intervention's edit, as they are now."""
@@ -212,7 +175,7 @@ class Intervention(nn.Module):
             assert isinstance(self.learned_source, Tensor)
             W, b = None, self.learned_source
         c = self.proj_layer.bias if self.has_c else None
-        return EditWeights(R, W, b, c, self.subtract, self.act_fn, self.dropout.p if self.training else 0.0)
+        return EditWeights(R, W, b, c, self.subtract, self.activation, self.dropout.p if self.training else 0.0)
 
     def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:
         """Edits every row of ``base`` [..., d]; ``source`` and ``subspaces`` have no effect, as in pyreft.
@@ -220,7 +183,53 @@ class Intervention(nn.Module):
         Returns:
             The shape and dtype of ``base``.
         """
-        return edit_rows((self,), base)
+        return edit_rows((self,), base) if self.is_fused else self._plain_edit(base)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the kernels know this intervention's f."""
+        return self.activation in ACTIVATIONS
+
+    def _plain_edit(self, h: Tensor) -> Tensor:
+        """The edit of every row in plain operations, for any f."""
+        w = self.edit_weights()
+        assert w.W is not None  # without W, f is linear
+        assert w.b is not None
+        rows = h.to(torch.promote_types(h.dtype, w.R.dtype))
+        R = w.R.to(rows.dtype)
+        delta = self.act_fn(F.linear(rows, w.W.to(rows.dtype), w.b.to(rows.dtype)))
+        if w.subtract:
+            delta = delta - F.linear(rows, R, None if w.c is None else w.c.to(rows.dtype))
+        edited: Tensor = self.dropout((rows + delta @ R).to(h.dtype))
+        return edited
+
+    def __getitem__(self, index: int) -> Intervention:
+        """The intervention itself at 0: pyvene before 0.1.7 kept pairs, and scripts of its time say ``v[0]``."""
+        if index != 0:
+            raise IndexError(f"index: expected 0, the intervention itself, got {index!r}")
+        return self
+
+    # pyvene's
+
+    @property
+    def use_fast(self) -> bool:
+        """pyvene's flag. Without effect here; writing it makes the intervention pyvene's as well."""
+        return getattr(self, "_use_fast", False)
+
+    @use_fast.setter
+    def use_fast(self, value: bool) -> None:
+        self._use_fast = bool(value)
+        adopt(self)
+
+    @property
+    def interchange_dim(self) -> Tensor:
+        """embed_dim as pyvene keeps it, an int64 tensor []."""
+        return torch.tensor(self.embed_dim)
+
+    def set_interchange_dim(self, interchange_dim: Tensor | int) -> None:
+        """Checks pyvene's width of an intervention. Raises ValueError where it is not embed_dim."""
+        if int(interchange_dim) != self.embed_dim:
+            raise ValueError(f"interchange_dim: expected embed_dim={self.embed_dim}, got {int(interchange_dim)}")
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, in types that JSON has."""
@@ -231,7 +240,7 @@ class Intervention(nn.Module):
             "low_rank_dimension": self.low_rank_dimension,
             "dtype": str(dtype).removeprefix("torch."),
             "dropout": self.dropout.p,
-            "act_fn": self.act_fn,
+            "act_fn": self.activation,
             "add_bias": self.add_bias,
             **self._rows_settings(),
         }
@@ -245,7 +254,7 @@ class Intervention(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print``."""
-        return f"embed_dim={self.embed_dim}, low_rank_dimension={self.low_rank_dimension}, act_fn={self.act_fn}"
+        return f"embed_dim={self.embed_dim}, low_rank_dimension={self.low_rank_dimension}, act_fn={self.activation}"
 
 
 class LoreftIntervention(Intervention):

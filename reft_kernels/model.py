@@ -17,7 +17,7 @@ from reft_kernels import checkpoint
 from reft_kernels.complement import ComplementRows
 from reft_kernels.config import ReftConfig, Representation
 from reft_kernels.hooks import CallHook, InputHook, OutputHook, is_fusable
-from reft_kernels.interventions import Intervention, RotateLayer
+from reft_kernels.interventions import Intervention
 from reft_kernels.locations import Places
 from reft_kernels.modules import (
     Site,
@@ -32,6 +32,7 @@ from reft_kernels.modules import (
 from reft_kernels.orthogonal import OrthonormalRows, shared_rows
 from reft_kernels.plan import activated
 from reft_kernels.planner import Planner
+from reft_kernels.rotate_layer import RotateLayer
 
 
 def get_reft_model(

@@ -1,0 +1,91 @@
+"""The layers behind ``rotate_layer``: R with orthonormal rows under pyreft's name, and pyreft's own layer for own classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reft_kernels.complement import ComplementRows
+from reft_kernels.stiefel import Rows, make_rows, retract_
+
+
+class RotateLayer(nn.Module):
+    """R with orthonormal rows under pyreft's name: ``weight`` is R^T [d, r], readable and assignable.
+
+    Args:
+        d, r: the sizes.
+        orthogonality: see :func:`reft_kernels.stiefel.make_rows`.
+        orthogonal_to: rows [k, d] that R stays orthogonal to, or k, see :class:`ComplementRows`.
+
+    Raises:
+        ValueError: an assigned weight is not [d, r] or its columns are not orthonormal.
+    """
+
+    def __init__(
+        self, d: int, r: int, orthogonality: str = "householder", orthogonal_to: Tensor | int | None = None
+    ) -> None:
+        super().__init__()
+        self.rows: Rows | ComplementRows = (
+            make_rows(d, r, orthogonality)
+            if orthogonal_to is None
+            else ComplementRows(d, r, orthogonality, orthogonal_to)
+        )
+
+    def set_orthogonality(self, orthogonality: str, project: bool = False) -> None:
+        """Another parametrisation of the same R; ``project`` takes the nearest orthonormal rows where they are not."""
+        self.rows = self.converted(orthogonality, project)
+
+    @torch.no_grad()
+    def converted(self, orthogonality: str, project: bool = False) -> Rows | ComplementRows:
+        """What :meth:`set_orthogonality` puts in the place of ``rows``. Raises ValueError where that cannot hold R."""
+        R = self.rows.weight.detach().clone()
+        if project:
+            retract_([R])
+        fixed = self.rows.fixed if isinstance(self.rows, ComplementRows) else None
+        d, r = self.rows.d, self.rows.r
+        rows = make_rows(d, r, orthogonality) if fixed is None else ComplementRows(d, r, orthogonality, fixed)
+        rows = rows.to(R.device, R.dtype)
+        rows.assign(R)
+        rows.requires_grad_(any(p.requires_grad for p in self.rows.parameters()))
+        return rows.train(self.rows.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """R^T [d, r] in float32, differentiable to the parameter behind it."""
+        return self.rows.weight.T
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # also for an nn.Parameter, which nn.Module would register
+            self.rows.assign(value.T)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x R^T in the dtype of R: [..., d] to [..., r]."""
+        weight = self.weight
+        return x.to(weight.dtype) @ weight
+
+
+class LowRankRotateLayer(nn.Module):
+    """x R^T [..., r] with ``weight`` = R^T [n, m] a float32 parameter (pyreft ``LowRankRotateLayer``).
+
+    For own interventions that wrap it in ``torch.nn.utils.parametrizations.orthogonal`` as pyreft's do, at the price that
+    has there. The library's interventions have :class:`RotateLayer`.
+
+    Args:
+        n, m: d and r.
+        init_orth: start with orthonormal columns; else the weight is as ``torch.empty`` leaves it.
+    """
+
+    def __init__(self, n: int, m: int, init_orth: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n, m), requires_grad=True)
+        if init_orth:
+            nn.init.orthogonal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n] to [..., m], in the dtype of the weight."""
+        weight = self.weight
+        return x.to(weight.dtype) @ weight
