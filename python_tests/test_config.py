@@ -100,7 +100,6 @@ def test_restore_keeps_every_setting() -> None:
         (
             ValueError,
             {
-                "representations": [],
             },
             "empty",
         ),

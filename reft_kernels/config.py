@@ -1,4 +1,4 @@
-"""What to edit, where and with what: ReftConfig and its representations."""
+"""What to edit, where and with what: ReftConfig."""
 
 from __future__ import annotations
 
@@ -12,140 +12,9 @@ from torch import nn
 
 from reft_kernels.interventions import METHODS, read_dtype
 from reft_kernels.positions import parse_positions
+from reft_kernels.representation import Representation as Representation
+from reft_kernels.representation import read_representations
 from reft_kernels.stiefel import ORTHOGONALITIES
-
-# pyvene's other fields of a representation, and the only value of each that has a meaning here.
-_PYVENE_FIELDS: dict[str, Any] = {
-    "unit": "pos",
-    "max_number_of_units": 1,
-    "subspace_partition": None,
-    "group_key": None,
-    "intervention_link_key": None,
-    "moe_key": None,
-    "source_representation": None,
-    "hidden_source_representation": None,
-    "latent_dim": None,
-}
-
-
-@dataclasses.dataclass
-class Representation:
-    """One place of the model and the intervention that edits it.
-
-    Attributes:
-        layer: index of the block, from 0; None where ``component`` is a path.
-        component: "block_output", "block_input", "mlp_output", "mlp_input", "attention_output",
-            "attention_input", or a path ending in ".output" or ".input", such as "model.layers[3].mlp.output".
-        low_rank_dimension: r.
-        intervention: the module that edits; or
-        intervention_type: its class, built with the module's width as ``embed_dim``.
-        positions: "f7", "l7", "f7+l7" or "all"; None where the caller names them (or means every token).
-        dtype, dropout, act_fn, add_bias, orthogonality: passed to ``intervention_type``; None keeps the class's own
-            default.
-    """
-
-    layer: int | None = None
-    component: str = "block_output"
-    low_rank_dimension: int | None = None
-    intervention: nn.Module | None = None
-    intervention_type: type[nn.Module] | None = None
-    positions: str | None = None
-    dtype: torch.dtype | None = None
-    dropout: float | None = None
-    act_fn: str | None = None
-    add_bias: bool | None = None
-    orthogonality: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.component, str) or not self.component:
-            raise TypeError(f"component must be a non-empty string, got {self.component!r}")
-        if self.is_path:
-            self.layer = None
-        elif isinstance(self.layer, bool) or not isinstance(self.layer, int):
-            raise TypeError(f"layer of a {self.component!r} representation must be an int, got {self.layer!r}")
-        if (self.intervention is None) == (self.intervention_type is None):
-            raise ValueError(
-                f"{self.place}: give intervention (a module) or intervention_type (a class), exactly one of the two"
-            )
-        if self.intervention is not None and not isinstance(self.intervention, nn.Module):
-            raise TypeError(
-                f"{self.place}: intervention must be a torch.nn.Module, got {type(self.intervention).__name__}"
-            )
-        if self.intervention_type is not None and not (
-            isinstance(self.intervention_type, type) and issubclass(self.intervention_type, nn.Module)
-        ):
-            raise TypeError(
-                f"{self.place}: intervention_type must be a class of torch.nn.Module, got {self.intervention_type!r}"
-            )
-        self.dtype = read_dtype(self.dtype)
-        if self.positions is not None:
-            parse_positions(self.positions)
-        if self.orthogonality not in (None, *ORTHOGONALITIES):
-            raise ValueError(
-                f"{self.place}: orthogonality must be one of {', '.join(ORTHOGONALITIES)}, got {self.orthogonality!r}"
-            )
-        self._check_rank()
-
-    def _check_rank(self) -> None:
-        if self.intervention is None:
-            rank = self.low_rank_dimension
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"{self.place}: low_rank_dimension must be an int of at least 1, got {rank!r}")
-            return
-        own = getattr(self.intervention, "low_rank_dimension", None)
-        if not isinstance(own, int):
-            return
-        if self.low_rank_dimension not in (None, own):
-            raise ValueError(
-                f"{self.place}: low_rank_dimension is {self.low_rank_dimension}, but the intervention has {own}"
-            )
-        self.low_rank_dimension = own
-
-    @property
-    def is_path(self) -> bool:
-        """Whether the component is a path of modules rather than a name."""
-        return "." in self.component
-
-    @property
-    def place(self) -> str:
-        """The place in words, for messages."""
-        return self.component if self.is_path else f"{self.component} of layer {self.layer}"
-
-    @property
-    def span(self) -> tuple[int, int] | None:
-        """(first, last) of ``positions``; None for every token."""
-        return None if self.positions is None else parse_positions(self.positions)
-
-    def build(self, embed_dim: int) -> nn.Module:
-        """The intervention, made for rows of ``embed_dim`` values where only its class was given."""
-        if self.intervention is not None:
-            return self.intervention
-        assert self.intervention_type is not None
-        options = {name: getattr(self, name) for name in ("dtype", "dropout", "act_fn", "add_bias", "orthogonality")}
-        return self.intervention_type(
-            embed_dim=embed_dim,
-            low_rank_dimension=self.low_rank_dimension,
-            **{name: value for name, value in options.items() if value is not None},
-        )
-
-    @classmethod
-    def read(cls, value: Any) -> Representation:
-        """A Representation from itself or from one of pyreft's dicts."""
-        if isinstance(value, Representation):
-            return value
-        if not isinstance(value, Mapping):
-            raise TypeError(f"a representation must be a dict or a Representation, got {type(value).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in value:
-            if name in known:
-                continue
-            if name not in _PYVENE_FIELDS:
-                raise ValueError(f"unknown key {name!r} in a representation; known are {sorted(known)}")
-            if value[name] not in (None, _PYVENE_FIELDS[name]):
-                raise ValueError(
-                    f"{name}={value[name]!r} in a representation is not supported, only {_PYVENE_FIELDS[name]!r}"
-                )
-        return cls(**{name: item for name, item in value.items() if name in known})
 
 
 class ReftConfig:
@@ -178,7 +47,12 @@ class ReftConfig:
         orthogonality: how the rows of R are kept orthonormal: "householder" (None), "polar" or "none", see
             :func:`reft_kernels.stiefel.make_rows`. For listed representations that of those that are still to be built
             and have none of their own.
-        intervention_types: class of all the listed representations that have none (pyvene's keyword).
+        intervention_types: class of all the listed representations that have none, or one for each (pyvene's keyword).
+        mode: "parallel", the only one of pyvene's that means something without sources.
+        sorted_keys, model_type, intervention_dimensions, intervention_constant_sources: what pyvene keeps in its files;
+            without effect.
+
+    An empty list of representations edits nothing (a baseline that trains LoRA alone).
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -199,8 +73,16 @@ class ReftConfig:
         dtype: torch.dtype | str | None = None,
         rebuild: bool = True,
         orthogonality: str | None = None,
-        intervention_types: type[nn.Module] | None = None,
+        intervention_types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
+        mode: str = "parallel",
+        sorted_keys: Any = None,
+        model_type: Any = None,
+        intervention_dimensions: Any = None,
+        intervention_constant_sources: Any = None,
     ) -> None:
+        del sorted_keys, model_type, intervention_dimensions, intervention_constant_sources
+        if mode != "parallel":
+            raise ValueError(f"mode must be 'parallel', got {mode!r}")
         self.method = method
         self.layers = read_layers(layers)
         self.rank = rank
@@ -227,25 +109,29 @@ class ReftConfig:
             return
         if method is not None or self.layers is not None or rank is not None:
             raise ValueError("give representations or method, layers and rank, not both")
-        if isinstance(representations, (Mapping, Representation)):
-            representations = [representations]
-        if not isinstance(representations, Sequence) or isinstance(representations, str):
-            raise TypeError(f"representations must be a dict or a list, got {type(representations).__name__}")
-        if not representations:
-            raise ValueError("representations is empty: there is nothing to edit")
-        if intervention_types is not None:
-            representations = [_with_type(item, intervention_types) for item in representations]
-        self._listed = [self._with_orthogonality(Representation.read(item)) for item in representations]
-        if positions is not None:
-            self._listed = [
-                item if item.positions is not None else dataclasses.replace(item, positions=positions)
-                for item in self._listed
-            ]
+        self._listed = [self._with_defaults(item) for item in read_representations(representations, intervention_types)]
 
-    def _with_orthogonality(self, item: Representation) -> Representation:
-        if self.orthogonality is None or item.intervention_type is None or item.orthogonality is not None:
-            return item
-        return dataclasses.replace(item, orthogonality=self.orthogonality)
+    def _with_defaults(self, item: Representation) -> Representation:
+        if self.positions is not None and item.positions is None:
+            item = dataclasses.replace(item, positions=self.positions)
+        if self.orthogonality is not None and item.intervention_type is not None and item.orthogonality is None:
+            item = dataclasses.replace(item, orthogonality=self.orthogonality)
+        return item
+
+    def add_intervention(self, representations: Any) -> None:
+        """Append to the listed representations (pyvene ``IntervenableConfig.add_intervention``).
+
+        Raises ValueError where the config is a short form, by method.
+        """
+        if self._listed is None:
+            raise ValueError("add_intervention needs a config with representations, this one has a method")
+        self._listed = [*self._listed, *map(self._with_defaults, read_representations(representations, None))]
+
+    @property
+    def intervention_types(self) -> list[type[nn.Module]]:
+        """The class of every listed representation's intervention."""
+        listed = self.representations or []
+        return [type(item.intervention) if item.intervention is not None else item.build_type for item in listed]
 
     def _check_short_form(self) -> None:
         if self.method is None:
@@ -364,9 +250,3 @@ def read_layers(layers: str | Iterable[int] | None) -> str | list[int] | None:
     if not found or min(found) < 0 or len(set(found)) != len(found):
         raise ValueError(f"{expected}, got {found!r}")
     return found
-
-
-def _with_type(item: Any, default: type[nn.Module]) -> Any:
-    if isinstance(item, Mapping) and item.get("intervention") is None and item.get("intervention_type") is None:
-        return {**item, "intervention_type": default}
-    return item

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reft_kernels.activations import Activation, find_activation
+from reft_kernels.activations import find_activation
 from reft_kernels.complement import ComplementRows
 from reft_kernels.functional import edit
 from reft_kernels.problem import wide_default_dtype

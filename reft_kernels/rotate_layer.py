@@ -1,4 +1,4 @@
-"""The layers behind ``rotate_layer``: R with orthonormal rows under pyreft's name, and pyreft's own layer for own classes."""
+"""The layers behind ``rotate_layer``: R with orthonormal rows, and pyreft's own layer for own classes."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class RotateLayer(nn.Module):
 class LowRankRotateLayer(nn.Module):
     """x R^T [..., r] with ``weight`` = R^T [n, m] a float32 parameter (pyreft ``LowRankRotateLayer``).
 
-    For own interventions that wrap it in ``torch.nn.utils.parametrizations.orthogonal`` as pyreft's do, at the price that
-    has there. The library's interventions have :class:`RotateLayer`.
+    For own interventions that wrap it in ``torch.nn.utils.parametrizations.orthogonal`` as pyreft's do, at the price
+    that has there. The library's interventions have :class:`RotateLayer`.
 
     Args:
         n, m: d and r.
