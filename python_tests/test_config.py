@@ -97,12 +97,6 @@ def test_restore_keeps_every_setting() -> None:
         (ValueError, {"method": "loreft", "layers": [1], "rank": 1, "dropout": 1.0}, "dropout"),
         (ValueError, {"method": "loreft", "layers": [1], "rank": 1, "dtype": "int"}, "dtype"),
         (ValueError, {"method": "loreft", "layers": [1], "rank": 1, "component": "a.output"}, "in representations"),
-        (
-            ValueError,
-            {
-            },
-            "empty",
-        ),
         (TypeError, {"representations": "loreft"}, "dict or a list"),
         (TypeError, {"representations": [3]}, "got int"),
         (ValueError, {"representations": {"layer": 0}, "method": "loreft"}, "not both"),

@@ -414,7 +414,7 @@ def test_base_that_makes_no_sense() -> None:
     with pytest.raises(ValueError, match="input_ids is given twice"):
         reft_model({"input_ids": ids}, input_ids=ids)
     with pytest.raises(TypeError, match="reft_config must be a ReftConfig"):
-        get_reft_model(tiny_model("llama"), {"layer": 1})  # type: ignore[arg-type]
+        get_reft_model(tiny_model("llama"), "loreft")  # type: ignore[arg-type]
 
 
 def test_hidden_states_of_another_length() -> None:

@@ -73,7 +73,7 @@ class SiteHook:
                 subspaces = None if plan.subspaces is None else plan.subspaces[members[step.members[0]]]
                 plan.busy = True
                 try:
-                    h = edit_with(ours[0], h, positions, subspaces)
+                    h = edit_with(ours[0], h, positions, subspaces, plan)
                 finally:
                     plan.busy = False
                 continue
@@ -184,24 +184,30 @@ def may_write(h: Tensor) -> bool:
     return not h.is_inference() or torch.is_inference_mode_enabled()
 
 
-def edit_with(intervention: nn.Module, h: Tensor, positions: Tensor | None, subspaces: Any = None) -> Tensor:
+def edit_with(
+    intervention: nn.Module, h: Tensor, positions: Tensor | None, subspaces: Any = None, plan: Plan | None = None
+) -> Tensor:
     """h with the named rows replaced by ``intervention(rows, None, subspaces)``, for any module of that form.
 
-    positions int64 [B, P], -1 for none; None calls it on the whole of h. Each row is named at most once.
+    positions int64 [B, P], -1 for none; None calls it on the whole of h. Each row is named at most once. The plan has
+    keywords for the call, and is given what it returns if that is more than a tensor.
     """
+    kwargs: Mapping[str, Any] = {} if plan is None else plan.additional_kwargs
     if positions is None:
-        return _result(intervention(h, None, subspaces), h)
+        return _result(intervention(h, None, subspaces, **kwargs), h, plan)
     batch, length, width = h.shape
     named = (positions >= 0) & (positions < length)
     # Rows that are not named share a row of their own at the end, which is dropped again.
     index = torch.where(named, positions, length).unsqueeze(-1).expand(-1, -1, width)
     padded = torch.cat([h, h.new_zeros(batch, 1, width)], dim=1)
     rows = padded.gather(1, index)
-    edited = _result(intervention(rows, None, subspaces), rows)
+    edited = _result(intervention(rows, None, subspaces, **kwargs), rows, plan)
+    if plan is not None and plan.written_as_first_row:
+        index = index[:1].expand(batch, -1, -1)
     return padded.scatter(1, index, edited)[:, :length].contiguous()
 
 
-def _result(value: Any, rows: Tensor) -> Tensor:
+def _result(value: Any, rows: Tensor, plan: Plan | None) -> Tensor:
     result = value if isinstance(value, Tensor) else getattr(value, "output", None)
     if not isinstance(result, Tensor):
         raise TypeError(f"an intervention must return a tensor, got {type(value).__name__}")
@@ -209,4 +215,6 @@ def _result(value: Any, rows: Tensor) -> Tensor:
         raise ValueError(
             f"an intervention must return the shape of its rows, {list(rows.shape)}, got {list(result.shape)}"
         )
+    if plan is not None and result is not value:
+        plan.outputs.append(value)
     return result.to(rows.dtype)

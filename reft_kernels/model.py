@@ -30,13 +30,20 @@ from reft_kernels.modules import (
     text_config,
 )
 from reft_kernels.orthogonal import OrthonormalRows, shared_rows
-from reft_kernels.plan import activated
+from reft_kernels.plan import Plan, activated
 from reft_kernels.planner import Planner
+from reft_kernels.positions import is_same_for_all
+from reft_kernels.pyvene_methods import PyveneMethods, ReftModelOutput
 from reft_kernels.rotate_layer import RotateLayer
 
 
 def get_reft_model(
-    model: nn.Module, reft_config: ReftConfig, set_device: bool = True, disable_model_grads: bool = True
+    model: nn.Module,
+    reft_config: ReftConfig,
+    set_device: bool = True,
+    disable_model_grads: bool = True,
+    *,
+    pyreft_compat: bool = False,
 ) -> ReftModel:
     """Put the config's interventions into a model.
 
@@ -49,10 +56,11 @@ def get_reft_model(
         disable_model_grads: freeze the base model's parameters and put it into eval mode, as pyreft does. A
             later ``train()`` or ``eval()`` reaches base and interventions alike; new interventions are in train
             mode, as new modules are.
+        pyreft_compat: see :class:`ReftModel`.
 
     Raises ValueError naming a layer, component or width that the model does not have.
     """
-    reft_model = ReftModel(model, reft_config)
+    reft_model = ReftModel(reft_config, model, pyreft_compat=pyreft_compat)
     if set_device:
         reft_model.set_device()
     if disable_model_grads:
@@ -60,8 +68,16 @@ def get_reft_model(
     return reft_model
 
 
-class ReftModel(nn.Module):
+class ReftModel(PyveneMethods):
     """A base model whose hidden states are edited while it is called through this one.
+
+    Args:
+        config: a ReftConfig, or the representations that make one.
+        model: the base model.
+        pyreft_compat: do what pyreft on pyvene does also where that is a fault: ``train()`` and ``eval()`` do not reach
+            the interventions, ``named_parameters()`` is a list of the trained ones under pyvene's names, ``generate``
+            does not edit the prompt unless it is told to, and one call with an int or a flat list as
+            ``unit_locations`` makes every later call write all rows of a batch at the first row's positions.
 
     Attributes:
         model: the base model.
@@ -75,32 +91,42 @@ class ReftModel(nn.Module):
     other, in their order (by the first alone where a device tensor names it for both).
     """
 
-    def __init__(self, model: nn.Module, reft_config: ReftConfig) -> None:
+    def __init__(self, config: ReftConfig | Any, model: nn.Module, *, pyreft_compat: bool = False) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(reft_config, ReftConfig):
-            raise TypeError(f"reft_config must be a ReftConfig, got {type(reft_config).__name__}")
-        count = len(block_list(model)[1]) if reft_config.needs_layer_count else None
-        representations = reft_config.expand(count)
+        if isinstance(config, (dict, list)):
+            config = ReftConfig(config)
+        if not isinstance(config, ReftConfig):
+            raise TypeError(f"reft_config must be a ReftConfig, got {type(config).__name__}")
+        count = len(block_list(model)[1]) if config.needs_layer_count else None
+        representations = config.expand(count)
         sites = find_sites(model, representations)
         self.model = model
-        self.config = reft_config
+        self.config = config
+        self.pyreft_compat = pyreft_compat
         self.inplace = True
         self.interventions = nn.ModuleDict()
         self.representations: list[Representation] = []
         self.keys: list[str] = []
+        linked: dict[Any, nn.Module] = {}
         for item, site in zip(representations, sites, strict=True):
             key = _new_key(item, self.interventions)
-            intervention = item.build(_embed_dim(model, item, site))
+            link = item.intervention_link_key
+            intervention = linked[link] if link in linked else item.build(_embed_dim(model, item, site))
+            if link is not None:
+                linked[link] = intervention
             _check_width(key, intervention, site)
             self.interventions[key] = intervention
             self.keys.append(key)
-            self.representations.append(dataclasses.replace(item, intervention=intervention, intervention_type=None))
+            rank = getattr(intervention, "low_rank_dimension", item.low_rank_dimension)
+            self.representations.append(
+                dataclasses.replace(item, intervention=intervention, intervention_type=None, low_rank_dimension=rank)
+            )
         self._owner = _Owner()
         self._register(sites)
         self._planner = Planner(
-            self.model, self.interventions, self.representations, reft_config.tied, self._places, self._owner
+            self.model, self.interventions, self.representations, config.tied, self._places, self._owner
         )
 
     def _register(self, sites: Sequence[Site]) -> None:
@@ -170,6 +196,7 @@ class ReftModel(nn.Module):
         output_original_output: bool = False,
         return_dict: bool | None = None,
         use_cache: bool | None = None,
+        intervention_additional_kwargs: Mapping[str, Any] | None = None,
         *,
         positions: str | None = None,
         intervention_locations: Tensor | None = None,
@@ -193,7 +220,9 @@ class ReftModel(nn.Module):
                 see ``positions.read_unit_locations``.
             subspaces: per intervention, passed on to interventions that are not of this library; built-in ones
                 ignore it, as pyreft's do.
-            labels, return_dict, use_cache: passed on where not None.
+            labels, use_cache: passed on where not None.
+            return_dict: with ``base``, return a :class:`ReftModelOutput` instead of the pair; else passed on.
+            intervention_additional_kwargs: keywords for the calls of interventions that are not of this library.
             output_original_output: also run the base model without edits.
             positions: instead of the config's, for this call.
             intervention_locations: int tensor [B, num_interventions, P], as the data collator makes it.
@@ -217,7 +246,7 @@ class ReftModel(nn.Module):
             "position_ids": position_ids,
             "token_type_ids": token_type_ids,
             "labels": labels,
-            "return_dict": return_dict,
+            "return_dict": return_dict if base is None else None,
             "use_cache": use_cache,
         }
         inputs = _join(base, {**{k: v for k, v in given.items() if v is not None}, **model_kwargs})
@@ -228,10 +257,13 @@ class ReftModel(nn.Module):
             inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace
         )
         plan.rebuild = self.config.rebuild
+        self._prepare(plan, unit_locations, intervention_additional_kwargs)
         with activated(plan), shared_rows(self._rows()):
             edited = self.model(**inputs)
         if base is None and not output_original_output:
             return edited
+        if base is not None and return_dict:
+            return ReftModelOutput(original, edited)
         return original, edited
 
     def generate(
@@ -240,9 +272,10 @@ class ReftModel(nn.Module):
         sources: Any = None,
         unit_locations: Any = None,
         source_representations: Any = None,
-        intervene_on_prompt: bool = True,
+        intervene_on_prompt: bool | None = None,
         subspaces: Any = None,
         output_original_output: bool = False,
+        intervention_additional_kwargs: Mapping[str, Any] | None = None,
         *,
         positions: str | None = None,
         intervention_locations: Tensor | None = None,
@@ -256,8 +289,10 @@ class ReftModel(nn.Module):
         returned sequences share their prompt's positions.
 
         Args:
-            base, unit_locations, subspaces, positions, intervention_locations: as in ``forward``.
-            intervene_on_prompt: False edits every generated token instead and none of the prompt.
+            base, unit_locations, subspaces, intervention_additional_kwargs, positions, intervention_locations: as in
+                ``forward``.
+            intervene_on_prompt: False edits every generated token instead and none of the prompt. None: True, or False
+                with ``pyreft_compat``.
             output_original_output: also generate without edits, first.
             **kwargs: passed on to the base model's `generate`.
 
@@ -269,10 +304,13 @@ class ReftModel(nn.Module):
         _no_sources(sources)
         inputs = _join(base, kwargs)
         run: Any = self.model.generate
+        if intervene_on_prompt is None:
+            intervene_on_prompt = not self.pyreft_compat
         plan = self._planner.of_generation(
             inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace, intervene_on_prompt
         )
         original = run(**inputs) if output_original_output else None
+        self._prepare(plan, unit_locations, intervention_additional_kwargs)
         with activated(plan), shared_rows(self._rows()):
             edited = run(**inputs)
         if not plan.calls:
@@ -282,7 +320,34 @@ class ReftModel(nn.Module):
             return edited
         return original, edited
 
+    def _prepare(self, plan: Plan, unit_locations: Any, additional_kwargs: Mapping[str, Any] | None) -> None:
+        """What only interventions that are not of this library, and pyvene's ways, need of a plan."""
+        self.full_intervention_outputs = plan.outputs
+        if additional_kwargs:
+            if any(self._places.fusable):
+                raise ValueError(
+                    "intervention_additional_kwargs are for interventions that take them, the library's own do not: "
+                    f"got {sorted(additional_kwargs)}"
+                )
+            plan.additional_kwargs = additional_kwargs
+        if self.pyreft_compat:
+            self.use_fast = self.use_fast or is_same_for_all(unit_locations)
+            if self.use_fast:
+                plan.write_as_first_row()
+
     # Modes, devices, parameters
+
+    def train(self, mode: bool = True) -> ReftModel:
+        """Train or eval mode of base model and interventions; with ``pyreft_compat`` of the base model alone."""
+        if not self.pyreft_compat:
+            return super().train(mode)
+        self.training = mode
+        self.model.train(mode)
+        return self
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's; with ``pyreft_compat`` pyvene's list of the trained ones."""
+        return self.trained_parameters() if self.pyreft_compat else super().named_parameters(*args, **kwargs)
 
     def disable_model_gradients(self) -> None:
         """Freeze the base model's parameters and put it into eval mode."""
@@ -294,23 +359,19 @@ class ReftModel(nn.Module):
         self.model.requires_grad_(True)
         self.model.train()
 
-    def set_device(self, device: torch.device | str | None = None) -> None:
+    def set_device(self, device: torch.device | str | None = None, set_model: bool = True) -> None:
         """Move every intervention to the device of the module it edits, the base model first to ``device`` if given.
 
-        A base model that is quantised or spread over devices is never moved.
+        A base model that is quantised or spread over devices is never moved, nor is any without ``set_model``.
         """
         base: Any = self.model
         fixed = getattr(base, "hf_device_map", None) or getattr(base, "quantization_method", None)
-        if device is not None and not fixed:
+        if device is not None and set_model and not fixed:
             base.to(device)
         modules = list(self.interventions.values())
         for site, members in zip(self._sites, self._places.sites, strict=True):
             for index in members:
                 modules[index].to(module_device(self.model, site.module))
-
-    def get_device(self) -> torch.device:
-        """Device of the base model's first parameter."""
-        return self.device
 
     @property
     def device(self) -> torch.device:
@@ -347,21 +408,6 @@ class ReftModel(nn.Module):
         """The base model's own."""
         base: Any = self.model
         base.gradient_checkpointing_disable()
-
-    def count_parameters(self, include_model: bool = False) -> int:
-        """Number of trainable parameters of the interventions, and of the base model where asked for."""
-        parts: list[nn.Module] = [self.interventions, *([self.model] if include_model else [])]
-        return sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, of the interventions and of the base model (pyreft's words)."""
-        ours = self.count_parameters()
-        base = self.count_parameters(include_model=True) - ours
-        total = sum(p.numel() for p in self.model.parameters())
-        print(
-            f"trainable intervention params: {ours:,d} || trainable model params: {base:,d}\n"
-            f"model params: {total:,d} || trainable%: {100 * (ours + base) / max(total, 1)}"
-        )
 
     # On disk
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,8 @@ class Plan:
     ``steps`` holds those of the base model's current call, by site, and is None where nothing is left to edit.
     ``length`` is the number of tokens that every edited hidden state must have, where that is known. While an
     intervention that is not of this library runs, the plan is ``busy``: what that calls is not edited. ``rebuild``
-    allows the last edit in place of a site to keep the edited tensor for its backward.
+    allows the last edit in place of a site to keep the edited tensor for its backward. ``outputs`` collects what such
+    interventions return besides a tensor, ``additional_kwargs`` are keywords for them.
     """
 
     def __init__(
@@ -43,14 +44,26 @@ class Plan:
         self.busy = False
         self.steps: list[list[Step]] | None = None
         self.length: int | None = None
+        self.window: Window | None = None
         self.moved: dict[tuple[int, torch.device], Tensor] = {}
+        self.outputs: list[Any] = []
+        self.additional_kwargs: Mapping[str, Any] = {}
+        self.written_as_first_row = False
 
     def look_at(self, window: Window) -> None:
         """Resolve the steps of the base model's next call."""
+        self.window = window
         steps = self.locations.steps(self.places, window)
         self.steps = steps if any(steps) else None
         self.length = window.length if isinstance(self.locations, SpanLocations) else None
         self.moved.clear()
+
+    def write_as_first_row(self) -> None:
+        """Write every row of a batch at the positions of its first row, whichever were read (pyvene's use_fast)."""
+        self.written_as_first_row = True
+        self.places = Places(self.places.sites, (False,) * len(self.places.fusable))
+        if self.window is not None:
+            self.look_at(self.window)
 
     def on(self, device: torch.device, index: Tensor) -> Tensor:
         """An index tensor on the device of the tensor it indexes (models sharded over devices)."""

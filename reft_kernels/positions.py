@@ -199,6 +199,12 @@ def read_unit_locations(locations: Any, num_interventions: int, batch: int, devi
     return _from_lists(value, num_interventions, batch, device)
 
 
+def is_same_for_all(locations: Any) -> bool:
+    """Whether ``unit_locations`` are an int or a flat list, in any of their forms."""
+    value: Any = None if locations is None else _base_part(locations)
+    return _is_int(value) or (_is_list(value) and len(value) > 0 and all(_is_int(v) for v in value))
+
+
 def _base_part(locations: Any) -> Any:
     if not isinstance(locations, Mapping):
         return locations
