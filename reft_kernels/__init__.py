@@ -27,8 +27,11 @@ from reft_kernels.orthogonal import OrthonormalRows, orthonormal_rows
 from reft_kernels.stiefel_adamw import StiefelAdamW
 
 if TYPE_CHECKING:
+    from reft_kernels.compat import patch_pyreft, unpatch_pyreft
     from reft_kernels.config import ReftConfig
     from reft_kernels.model import ReftModel, get_reft_model
+    from reft_kernels.positions import get_intervention_locations, parse_positions
+    from reft_kernels.task_types import ReftType, TaskType
     from reft_kernels.training import ReftTrainerForCausalLM, make_supervised_data_module
 
 __version__ = "0.1.0"
@@ -44,12 +47,15 @@ __all__ = [
     "ReftConfig",
     "ReftModel",
     "ReftTrainerForCausalLM",
+    "ReftType",
     "StiefelAdamW",
+    "TaskType",
     "available_backends",
     "consreft",
     "direft",
     "edit",
     "explain",
+    "get_intervention_locations",
     "get_reft_model",
     "lobireft",
     "loreft",
@@ -57,14 +63,23 @@ __all__ = [
     "nodireft",
     "noreft",
     "orthonormal_rows",
+    "parse_positions",
+    "patch_pyreft",
     "set_debug",
+    "unpatch_pyreft",
 ]
 
 # Names whose modules need more than torch: imported when first asked for.
 _LAZY = {
     "ReftConfig": "reft_kernels.config",
     "ReftModel": "reft_kernels.model",
+    "ReftType": "reft_kernels.task_types",
+    "TaskType": "reft_kernels.task_types",
+    "get_intervention_locations": "reft_kernels.positions",
     "get_reft_model": "reft_kernels.model",
+    "parse_positions": "reft_kernels.positions",
+    "patch_pyreft": "reft_kernels.compat",
+    "unpatch_pyreft": "reft_kernels.compat",
     "ReftTrainerForCausalLM": "reft_kernels.training",
     "make_supervised_data_module": "reft_kernels.training",
 }

@@ -1,0 +1,234 @@
+"""patch_pyreft(): an installed pyreft with our edits gives what it gave, and is put back as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pyreft
+import pytest
+import pyvene
+import torch
+from peer import CLASSES, WITH_PROJ, assert_equal_within, representations, settings, stock
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reft_kernels import patch_pyreft, unpatch_pyreft
+from reft_kernels.rotate_layer import RotateLayer
+
+LAYERS, WIDTH, RANK = (0, 2), 32, 3
+LOCATIONS = [[[0, 4], [1, 2]], [[3, 5], [2, 6]]]
+WHERE = {"sources->base": (None, LOCATIONS)}
+OWNERS = [getattr(pyreft, name) for name in CLASSES] + [
+    cls for cls in pyvene.IntervenableModel.__mro__ if cls.__module__.startswith("pyvene")
+] + [pyreft.ReftModel, pyreft.ReftTrainer, pyreft.ReftTrainerForSequenceClassification]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def put_back() -> Iterator[None]:
+    before = [dict(vars(owner)) for owner in OWNERS]
+    yield
+    unpatch_pyreft()
+    assert [dict(vars(owner)) for owner in OWNERS] == before
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def model_of(llama: nn.Module, modules: list[nn.Module], **entry: Any) -> Any:
+    entries = [{**item, **entry} for item in representations(LAYERS, modules, RANK)]
+    return pyreft.get_reft_model(copy.deepcopy(llama), pyreft.ReftConfig(representations=entries))
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, 64, (2, 8))}
+
+
+def new(name: str, **others: Any) -> nn.Module:
+    """A new intervention of pyreft, fp32."""
+    return getattr(pyreft, name)(**settings(name, WIDTH, RANK, **others))
+
+
+def test_it_says_what_it_patched_and_nothing_is_skipped() -> None:
+    report = patch_pyreft()
+    assert patch_pyreft() is report
+    assert not report.skipped
+    assert "pyreft.interventions.LoreftIntervention.forward" in report.applied
+    assert str(report).startswith("pyreft 0.1.0, pyvene 0.1.8: ")
+    assert all(report.applied.values())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("act_fn", [None, "relu", "gelu", "gelu_new"])
+def test_outputs_and_gradients_stay(llama: nn.Module, name: str, act_fn: str | None) -> None:
+    """Of interventions made before the patch: the same parameters on both sides."""
+    others: dict[str, Any] = {"add_bias": True} if name in WITH_PROJ else {}
+    model = model_of(llama, [stock(name, WIDTH, RANK, act_fn=act_fn, **others) for _ in LAYERS])
+    base = inputs()
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        model.set_zero_grad()
+        outputs = model(base, unit_locations=WHERE, labels=base["input_ids"])[1]
+        outputs.loss.backward()
+        return outputs.logits.detach(), [p.grad for p in model.get_trainable_parameters()]
+
+    expected, gradients = run()
+    patch_pyreft()
+    actual, found = run()
+    assert_equal_within(actual, expected, 5e-6, "logits")
+    for ours, theirs in zip(found, gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            assert_equal_within(ours, theirs, 3e-5, "gradient")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@torch.no_grad()
+def test_interventions_made_under_the_patch_run_unpatched(llama: nn.Module, name: str) -> None:
+    patch_pyreft()
+    others: dict[str, Any] = {"add_bias": True} if name in WITH_PROJ else {}
+    modules = [new(name, **others) for _ in LAYERS]
+    for module in modules:
+        assert sum(b.numel() for b in module.buffers()) <= 2 + 2 * WIDTH * RANK  # no d x d
+        if hasattr(module, "rotate_layer"):
+            assert isinstance(module.rotate_layer, RotateLayer)
+    model = model_of(llama, modules)
+    base = inputs()
+    actual = model(base, unit_locations=WHERE)[1].logits
+    unpatch_pyreft()
+    expected = model(base, unit_locations=WHERE)[1].logits
+    assert_equal_within(actual, expected, 5e-6, "logits")
+
+
+@pytest.mark.parametrize("intervene_on_prompt", [True, False])
+@torch.no_grad()
+def test_generation_stays(llama: nn.Module, intervene_on_prompt: bool) -> None:
+    model = model_of(llama, [stock("LoreftIntervention", WIDTH, RANK) for _ in LAYERS])
+    options = {"max_new_tokens": 6, "do_sample": False, "intervene_on_prompt": intervene_on_prompt}
+    base, where = inputs(), WHERE if intervene_on_prompt else None
+    expected = model.generate(base, unit_locations=where, **options)[1]
+    patch_pyreft()
+    assert torch.equal(model.generate(base, unit_locations=where, **options)[1], expected)
+
+
+@pytest.mark.parametrize("component", ["mlp_output", "attention_output", "block_input", "model.layers[1].mlp.output"])
+@torch.no_grad()
+def test_other_components_stay(llama: nn.Module, component: str) -> None:
+    modules = [stock("LoreftIntervention", WIDTH, RANK) for _ in LAYERS]
+    model = model_of(llama, modules, component=component)
+    base = inputs()
+    expected = model(base, unit_locations=WHERE)[1].logits
+    patch_pyreft()
+    assert_equal_within(model(base, unit_locations=WHERE)[1].logits, expected, 5e-6, "logits")
+
+
+class _Ops(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_no_clone_no_householder_product_and_fewer_operations(llama: nn.Module) -> None:
+    base = inputs()
+    counts = []
+    for patched in (False, True):
+        if patched:
+            patch_pyreft()
+        model = model_of(llama, [new("LoreftIntervention") for _ in LAYERS])
+        model(base, unit_locations=WHERE)
+        with _Ops() as ops:
+            model(base, unit_locations=WHERE)
+        counts.append({name: sum(name in op for op in ops.names) for name in ("clone", "householder", "aten")})
+    before, after = counts
+    assert before["householder"] == 3 * len(LAYERS)
+    assert after["householder"] == 0
+    assert after["clone"] <= before["clone"] - len(LAYERS)
+    assert after["aten"] <= before["aten"] - 30 * len(LAYERS)
+
+
+def test_other_peoples_hooks_stay(llama: nn.Module) -> None:
+    model = model_of(llama, [new("LoreftIntervention") for _ in LAYERS])
+    seen: list[int] = []
+    block = model.model.model.layers[1]
+    block.register_forward_hook(lambda *_: seen.append(1))
+    base = inputs()
+    patch_pyreft()
+    model(base, unit_locations=WHERE)
+    model(base, unit_locations=WHERE)
+    assert len(seen) == 2
+    assert sum(len(module._forward_hooks) for module in model.model.modules()) == 1
+    with pytest.raises(IndexError, match="outside of the 8 tokens"):
+        model(base, unit_locations={"sources->base": (None, [[[0], [8]]] * 2)})
+    model(base, unit_locations=WHERE)
+    assert sum(len(module._forward_hooks) for module in model.model.modules()) == 1
+    unpatch_pyreft()
+    model(base, unit_locations=WHERE)
+    assert len(seen) == 3  # pyvene runs it no more
+    assert sum(len(module._forward_hooks) for module in model.model.modules()) == 0
+
+
+@torch.no_grad()
+def test_eval_reaches_the_interventions(llama: nn.Module) -> None:
+    model = model_of(llama, [new("LoreftIntervention", dropout=0.5) for _ in LAYERS])
+    base = inputs()
+    model.eval()
+    one, other = (model(base, unit_locations=WHERE)[1].logits for _ in range(2))
+    assert not torch.equal(one, other)  # stock: dropout goes on
+    patch_pyreft()
+    assert model.eval() is model
+    one, other = (model(base, unit_locations=WHERE)[1].logits for _ in range(2))
+    assert torch.equal(one, other)
+    assert model.train().interventions.training
+
+
+@torch.no_grad()
+def test_an_int_position_does_not_stick(llama: nn.Module) -> None:
+    model = model_of(llama, [stock("LoreftIntervention", WIDTH, RANK) for _ in LAYERS])
+    base = inputs()
+    expected = model(base, unit_locations=WHERE)[1].logits
+    model(base, unit_locations={"sources->base": (None, 3)})
+    spoilt = model(base, unit_locations=WHERE)[1].logits
+    assert not torch.allclose(spoilt[1], expected[1], atol=1e-3)
+    model.use_fast = False
+    patch_pyreft()
+    model(base, unit_locations={"sources->base": (None, 3)})
+    assert_equal_within(model(base, unit_locations=WHERE)[1].logits, expected, 5e-6, "logits")
+
+
+def test_weight_decay_leaves_R(llama: nn.Module) -> None:
+    """Stock: one decayed step and R is zero for good."""
+    for patched in (False, True):
+        if patched:
+            patch_pyreft()
+        module = new("LoreftIntervention")
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.06)
+        module(torch.randn(4, WIDTH)).square().sum().backward()
+        optimizer.step()
+        R = module.rotate_layer.weight.detach()
+        error = (R.T @ R - torch.eye(RANK)).abs().max()
+        assert (error < 1e-5) == patched
+        assert (R.norm() == 0) == (not patched)
+
+
+def test_without_pyreft_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr("reft_kernels.compat.patch.importlib.import_module", missing)
+    with pytest.raises(ImportError, match="needs pyreft and pyvene"):
+        patch_pyreft()
