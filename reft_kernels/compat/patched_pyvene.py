@@ -93,7 +93,7 @@ class _EditHook:
         owner = self.owner
         if self.locations is None or not owner._is_generation:
             return False
-        is_prompt = owner._key_setter_call_counter[self.key] == 0
+        is_prompt: bool = owner._key_setter_call_counter[self.key] == 0
         if not owner._intervene_on_prompt or is_prompt:
             owner._key_setter_call_counter[self.key] += 1
         on_prompt: bool = owner._intervene_on_prompt
