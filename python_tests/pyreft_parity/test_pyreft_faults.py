@@ -347,10 +347,10 @@ def test_a_module_shared_by_two_places_is_counted_twice() -> None:
 
 
 def test_a_layer_that_does_not_exist_has_no_name_in_the_error() -> None:
+    theirs = entries([stock("LoreftIntervention", WIDTH, RANK)] * 2)
+    theirs[1]["layer"] = 7
     with pytest.raises(IndexError, match="out of range"):
-        two_layers = entries([stock("LoreftIntervention", WIDTH, RANK)] * 2)
-        two_layers[1]["layer"] = 7
-        pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=two_layers))
+        pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=theirs))
     ours = entries([reft_kernels.LoreftIntervention(embed_dim=WIDTH, low_rank_dimension=RANK)] * 2)
     ours[1]["layer"] = 7
     with pytest.raises(ValueError, match="layer 7 does not exist"):
