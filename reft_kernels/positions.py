@@ -113,50 +113,117 @@ def get_intervention_locations(
     last_n: int | None = None,
     num_interventions: int,
     share_weights: bool = False,
+    pad_mode: str = "first",
+    pyreft_compat: bool = False,
+    **others: Any,
 ) -> list[list[int]]:
-    """Positions of every intervention for one prompt, in pyreft's layout.
+    """Positions of every intervention for one prompt, in pyreft's layout (pyreft ``get_intervention_locations``).
+
+    With n = last_position, the prefix is the first min(first_n, n // 2) tokens of the prompt, the suffix its last
+    min(last_n, n // 2).
 
     Args:
         last_position: number of tokens of the prompt.
         positions: "f7+l7" and the like; or give first_n and last_n.
         first_n: how many tokens at the start of the prompt.
         last_n: how many tokens at its end.
-        num_interventions: length of the outer list.
+        num_interventions: length of the outer list; 0 for a model that edits nothing (LoRA alone).
         share_weights: True where prefix and suffix have one intervention (tied).
+        pad_mode: what stands in the slots that a short prompt leaves empty: -1, "no token", with "first";
+            last_position, the first token after the prompt, with "last".
+        pyreft_compat: pyreft's results where they are odd: a prompt of one token has rows of first_n + last_n, untied
+            too, and of an odd number of untied interventions the last has no row.
+        **others: have no effect; a data set passes all of its own keywords on.
 
     Returns:
         ``[num_interventions][P]``. Tied or one-sided: every intervention gets prefix and suffix, P = first_n +
         last_n. Untied: the first half of the interventions gets the prefix, the second half the suffix, P =
-        max(first_n, last_n). -1 means "no token" (pyreft's ``pad_mode="first"``).
+        max(first_n, last_n).
+
+    Raises ValueError naming the argument, also for an odd number of untied interventions.
     """
-    if positions is not None:
-        span = parse_positions(positions)
-        if span is None:
-            raise ValueError("positions 'all' has no locations: pass unit_locations=None instead")
-        first, last = span
-    elif first_n is not None or last_n is not None:
-        first, last = first_n or 0, last_n or 0
-    else:
-        raise ValueError("give positions, or first_n and last_n")
-    if last_position < 0 or num_interventions < 1 or first < 0 or last < 0:
+    del others
+    first, last = _read_span(positions, first_n, last_n)
+    if pad_mode not in ("first", "last"):
+        raise ValueError(f"pad_mode must be 'first' or 'last', got {pad_mode!r}")
+    if last_position < 0 or num_interventions < 0 or first < 0 or last < 0:
         raise ValueError(
-            "last_position, first_n and last_n must be at least 0 and num_interventions at least 1, got "
+            "last_position, first_n, last_n and num_interventions must be at least 0, got "
             f"{last_position}, {first}, {last} and {num_interventions}"
         )
-    prefix = list(range(min(first, last_position // 2)))
-    suffix = list(range(last_position - min(last, last_position // 2), last_position))
-    if share_weights or first == 0 or last == 0:
-        both = prefix + suffix
-        row = both + [-1] * (first + last - len(both))
+    pad = -1 if pad_mode == "first" else last_position
+    half = last_position // 2
+    prefix = list(range(min(first, half)))
+    suffix = list(range(last_position - min(last, half), last_position))
+    two_sided = (prefix and suffix) if pyreft_compat else (first and last)
+    if share_weights or not two_sided:
+        row = _filled(prefix + suffix, first + last, pad)
         return [list(row) for _ in range(num_interventions)]
-    if num_interventions % 2:
+    if num_interventions % 2 and not pyreft_compat:
         raise ValueError(
             "an untied prefix and suffix need an even number of interventions (first all prefix, then all suffix "
             f"ones), got num_interventions={num_interventions}"
         )
     width = max(first, last)
-    rows = [prefix + [-1] * (width - len(prefix)), suffix + [-1] * (width - len(suffix))]
-    return [list(rows[2 * i // num_interventions]) for i in range(num_interventions)]
+    rows = [_filled(prefix, width, pad), _filled(suffix, width, pad)]
+    return [list(row) for row in rows for _ in range(num_interventions // 2)]
+
+
+def _read_span(positions: str | None, first_n: int | None, last_n: int | None) -> Span:
+    if positions is not None:
+        span = parse_positions(positions)
+        if span is None:
+            raise ValueError("positions 'all' has no locations: pass unit_locations=None instead")
+        return span
+    if first_n is None and last_n is None:
+        raise ValueError("give positions, or first_n and last_n")
+    return first_n or 0, last_n or 0
+
+
+def _filled(columns: list[int], width: int, pad: int) -> list[int]:
+    return columns + [pad] * (width - len(columns))
+
+
+def stack_locations(locations: Sequence[Any], offsets: Sequence[int] | None = None) -> Tensor:
+    """The locations of B examples as one table for ``intervention_locations``.
+
+    Args:
+        locations: for each example the lists or the int tensor [num_interventions][P]; rows may differ in length.
+        offsets: how far each example's tokens stand from column 0 (padding on the left); added to its positions.
+
+    Returns:
+        int64 [B, num_interventions, P], filled up with -1 ("no token"). Examples with one flat list each, which
+        stand for a model without interventions, give [B, P].
+
+    Raises ValueError where the examples have different numbers of interventions or something else is nested.
+    """
+    tables = [_table(item) for item in locations]
+    shapes = sorted({tuple(table.shape[:-1]) for table in tables})
+    if len(shapes) > 1:
+        raise ValueError(
+            "intervention_locations of one batch must have one number of interventions, got those of shapes "
+            f"{[list(table.shape) for table in tables]}"
+        )
+    width = max(table.shape[-1] for table in tables)
+    padded = [torch.nn.functional.pad(table, (0, width - table.shape[-1]), value=-1) for table in tables]
+    stacked = torch.stack(padded)
+    if offsets is None or not any(offsets):
+        return stacked
+    moved = stacked + torch.tensor(offsets).reshape(-1, *[1] * (stacked.dim() - 1))
+    return torch.where(stacked >= 0, moved, -1)
+
+
+def _table(locations: Any) -> Tensor:
+    """One example's locations, int64 [num_interventions, P], or [P] where they are one flat list."""
+    if isinstance(locations, Tensor):
+        return locations.to(torch.long)
+    rows = list(locations)
+    if all(_is_int(row) for row in rows):
+        return torch.tensor(rows, dtype=torch.long)
+    if not all(_is_list(row) and all(_is_int(position) for position in row) for row in rows):
+        raise ValueError(f"intervention_locations must be ints nested [num_interventions][P], got {locations!s:.60}")
+    width = max(len(row) for row in rows)
+    return torch.tensor([_filled(list(row), width, -1) for row in rows], dtype=torch.long)
 
 
 class GivenLocations(NamedTuple):

@@ -44,6 +44,44 @@ def test_get_intervention_locations(written: str, share_weights: bool, intervent
     assert len(widths) == 1
 
 
+@pytest.mark.parametrize("pad_mode", ["first", "last"])
+@pytest.mark.parametrize("share_weights", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("interventions", [0, 1, 2, 3, 6, 7])
+def test_get_intervention_locations_with_pyreft_compat(interventions: int, share_weights: bool, pad_mode: str) -> None:
+    """Every result, also those that are odd: no row for the last of an odd number, wide rows for one token."""
+    for written in WRITTEN:
+        for length in range(40):
+            options = {
+                "last_position": length,
+                "positions": written,
+                "num_interventions": interventions,
+                "share_weights": share_weights,
+                "pad_mode": pad_mode,
+                "position": "of no effect",
+            }
+            expected = pyreft.get_intervention_locations(**options)
+            assert positions.get_intervention_locations(**options, pyreft_compat=True) == expected, (written, length)
+            first, last = pyreft.parse_positions(written)
+            apart = {**options, "first_n": first, "last_n": last}
+            del apart["positions"]
+            assert positions.get_intervention_locations(**apart, pyreft_compat=True) == expected
+            if share_weights or not (first and last) or (interventions % 2 == 0 and length > 1):
+                assert positions.get_intervention_locations(**options) == expected
+
+
+@pytest.mark.parametrize("share_weights", [True, False], ids=["tied", "untied"])
+def test_an_odd_number_of_untied_interventions(share_weights: bool) -> None:
+    """pyreft gives the last one no row and a single one none at all, which is noticed much later, if ever."""
+    options = {"last_position": 9, "positions": "f1+l1", "share_weights": share_weights}
+    found = [len(pyreft.get_intervention_locations(**options, num_interventions=count)) for count in (1, 3)]
+    assert found == ([1, 3] if share_weights else [0, 2])
+    if share_weights:
+        return
+    for count in (1, 3):
+        with pytest.raises(ValueError, match="even number"):
+            positions.get_intervention_locations(**options, num_interventions=count)
+
+
 @pytest.mark.parametrize("written", WRITTEN)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prompt_positions_on_the_device(written: str, side: str) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from reft_kernels.positions import get_intervention_locations, parse_positions
+from reft_kernels.training.collators import add_locations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -281,11 +282,12 @@ def _locations(prompt_length: int, spans: list[tuple[int, int]]) -> Tensor:
 
 @dataclass
 class SupervisedCollator:
-    """Items of SupervisedDataset -> one batch, padded on the right to its longest item.
+    """Items of SupervisedDataset or of pyreft's data sets -> one batch, padded on the right to its longest item.
 
     The batch holds `input_ids`, `labels` (-100 where padded) and `attention_mask`, all [B, S] int64, and,
-    where the items have them, `intervention_locations` [B, I, P] int64 with -1 for "no edit". The mask comes
-    from the lengths, so a pad token that is also the end token hides nothing.
+    where the items have them, `intervention_locations` [B, I, P] int64 with -1 for "no edit" and `subspaces`
+    [B, I, k] int64. The mask is the items' own, else it comes from the lengths, so a pad token that is also the end
+    token hides nothing.
     """
 
     pad_token_id: int = 0
@@ -293,18 +295,16 @@ class SupervisedCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         ids = [torch.as_tensor(feature["input_ids"], dtype=torch.int64) for feature in features]
         labels = [torch.as_tensor(feature["labels"], dtype=torch.int64) for feature in features]
-        mask = [torch.ones_like(row) for row in ids]
+        mask = [
+            torch.as_tensor(feature.get("attention_mask", torch.ones_like(row)), dtype=torch.int64)
+            for feature, row in zip(features, ids, strict=True)
+        ]
         batch = {
             "input_ids": _pad(ids, self.pad_token_id),
             "labels": _pad(labels, IGNORE_INDEX),
             "attention_mask": _pad(mask, 0),
         }
-        if all("intervention_locations" in feature for feature in features):
-            rows = [torch.as_tensor(feature["intervention_locations"], dtype=torch.int64) for feature in features]
-            width = max(row.shape[-1] for row in rows)
-            batch["intervention_locations"] = torch.stack(
-                [torch.nn.functional.pad(row, (0, width - row.shape[-1]), value=-1) for row in rows]
-            )
+        add_locations(batch, features)
         return batch
 
 
