@@ -5,6 +5,8 @@ SHELL := /bin/sh
 
 VENV ?= .venv
 VENV_PYREFT ?= .venv-pyreft
+VENV_PINNED ?= .venv-pinned
+VENV_PEERS ?= .venv-peers
 # PYTHON=/path/to/python3 chooses the interpreter of a new environment; by default the first one that is new enough.
 PYTHON ?=
 # TORCH_INDEX=URL adds a package index for torch alone (for instance the one with the CPU-only builds).
@@ -21,7 +23,7 @@ BIN := $(VENV)/bin
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input
 PINS := requirements-torch.txt requirements-triton.txt requirements.txt requirements-models.txt
-PYTHON_FILES := setup.py reft_kernels benchmarks python_tests
+PYTHON_FILES := setup.py reft_kernels benchmarks examples python_tests
 NATIVE_FILES := $(shell find csrc python_tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 NATIVE_BUILD := CMakeLists.txt setup.py reft_kernels/backends/native_schemas.py $(shell find csrc -type f)
 
@@ -99,20 +101,40 @@ test-sanitized: $(VENV)/native ## run the CPU kernels under AddressSanitizer and
 test-gpu: $(VENV)/native ## run the tests that need a CUDA device
 	@TRITON_INTERPRET=0 $(BIN)/python -m pytest python_tests -m gpu $(PYTEST_ARGS)
 
-$(VENV_PYREFT)/ready: requirements-torch.txt requirements-pyreft.txt requirements-pyreft-nodeps.txt pyproject.toml setup.py
-	$(call new_environment,$(VENV_PYREFT))
+# Environments with the authors' pyreft: on today's transformers, on the version that it pins, and beside AdapterHub.
+$(VENV_PYREFT)/ready: REQUIREMENTS := requirements-pyreft.txt
+$(VENV_PINNED)/ready: REQUIREMENTS := requirements-pinned.txt
+$(VENV_PEERS)/ready: REQUIREMENTS := requirements-peers.txt
+$(VENV_PYREFT)/ready: requirements-pyreft.txt
+$(VENV_PINNED)/ready: requirements-pinned.txt
+$(VENV_PEERS)/ready: requirements-peers.txt
+$(VENV_PYREFT)/ready $(VENV_PINNED)/ready $(VENV_PEERS)/ready: requirements-torch.txt requirements-pyreft-nodeps.txt \
+  pyproject.toml setup.py
+	$(call new_environment,$(@D))
 	@echo "setup: torch"
-	@$(VENV_PYREFT)/bin/python $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-torch.txt
+	@$(@D)/bin/python $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-torch.txt
 	@echo "setup: pyreft and what it needs"
-	@$(VENV_PYREFT)/bin/python $(PIP_INSTALL) -c requirements-torch.txt -r requirements-pyreft.txt
-	@$(VENV_PYREFT)/bin/python $(PIP_INSTALL) --no-deps -r requirements-pyreft-nodeps.txt
+	@$(@D)/bin/python $(PIP_INSTALL) -c requirements-torch.txt -r $(REQUIREMENTS)
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps -r requirements-pyreft-nodeps.txt
 	@echo "setup: reft_kernels, editable"
-	@$(VENV_PYREFT)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 .PHONY: test-pyreft
 test-pyreft: $(VENV_PYREFT)/ready ## compare with the authors' pyreft, in an environment of its own
 	@$(VENV_PYREFT)/bin/python -m pytest python_tests/pyreft_parity $(PYTEST_ARGS)
+
+.PHONY: test-pinned
+test-pinned: $(VENV_PINNED)/ready ## the same on the transformers that pyreft pins, where its own trainers run
+	@$(VENV_PINNED)/bin/python -m pytest python_tests/pyreft_parity $(PYTEST_ARGS)
+
+.PHONY: test-adapterhub
+test-adapterhub: $(VENV_PEERS)/ready ## compare with AdapterHub's ReFT, in an environment of its own
+	@$(VENV_PEERS)/bin/python -m pytest python_tests/adapterhub_parity $(PYTEST_ARGS)
+
+.PHONY: bench-drop-in
+bench-drop-in: $(VENV_PEERS)/ready ## time, operations and memory beside pyreft, a patched pyreft and AdapterHub
+	@$(VENV_PEERS)/bin/python -m benchmarks.drop_in $(BENCH_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/ready ## check format, style and types
@@ -129,5 +151,5 @@ format: $(VENV)/ready ## rewrite the sources in the project's format
 
 .PHONY: clean
 clean: ## remove environments, caches, builds and the demo's output
-	rm -rf $(VENV) $(VENV_PYREFT) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV_PYREFT) $(VENV_PINNED) $(VENV_PEERS) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
