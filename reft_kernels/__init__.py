@@ -24,12 +24,31 @@ from reft_kernels.interventions import (
     NoreftIntervention,
 )
 from reft_kernels.orthogonal import OrthonormalRows, orthonormal_rows
+from reft_kernels.positions import get_intervention_locations, parse_positions
 from reft_kernels.stiefel_adamw import StiefelAdamW
 
 if TYPE_CHECKING:
     from reft_kernels.config import ReftConfig
     from reft_kernels.model import ReftModel, get_reft_model
-    from reft_kernels.training import ReftTrainerForCausalLM, make_supervised_data_module
+    from reft_kernels.training import (
+        ReftClassificationDataset,
+        ReftDataCollator,
+        ReftDataset,
+        ReftGenerationDataset,
+        ReftPreferenceDataset,
+        ReftRawDataset,
+        ReftRewardCollator,
+        ReftRewardDataset,
+        ReftSupervisedDataset,
+        ReftTrainer,
+        ReftTrainerForCausalLM,
+        ReftTrainerForCausalLMDistributed,
+        ReftTrainerForSequenceClassification,
+        make_last_position_supervised_chat_data_module,
+        make_last_position_supervised_data_module,
+        make_multiple_position_supervised_data_module,
+        make_supervised_data_module,
+    )
 
 __version__ = "0.1.0"
 
@@ -41,22 +60,39 @@ __all__ = [
     "NodireftIntervention",
     "NoreftIntervention",
     "OrthonormalRows",
+    "ReftClassificationDataset",
     "ReftConfig",
+    "ReftDataCollator",
+    "ReftDataset",
+    "ReftGenerationDataset",
     "ReftModel",
+    "ReftPreferenceDataset",
+    "ReftRawDataset",
+    "ReftRewardCollator",
+    "ReftRewardDataset",
+    "ReftSupervisedDataset",
+    "ReftTrainer",
     "ReftTrainerForCausalLM",
+    "ReftTrainerForCausalLMDistributed",
+    "ReftTrainerForSequenceClassification",
     "StiefelAdamW",
     "available_backends",
     "consreft",
     "direft",
     "edit",
     "explain",
+    "get_intervention_locations",
     "get_reft_model",
     "lobireft",
     "loreft",
+    "make_last_position_supervised_chat_data_module",
+    "make_last_position_supervised_data_module",
+    "make_multiple_position_supervised_data_module",
     "make_supervised_data_module",
     "nodireft",
     "noreft",
     "orthonormal_rows",
+    "parse_positions",
     "set_debug",
 ]
 
@@ -65,7 +101,22 @@ _LAZY = {
     "ReftConfig": "reft_kernels.config",
     "ReftModel": "reft_kernels.model",
     "get_reft_model": "reft_kernels.model",
+    "ReftClassificationDataset": "reft_kernels.training",
+    "ReftDataCollator": "reft_kernels.training",
+    "ReftDataset": "reft_kernels.training",
+    "ReftGenerationDataset": "reft_kernels.training",
+    "ReftPreferenceDataset": "reft_kernels.training",
+    "ReftRawDataset": "reft_kernels.training",
+    "ReftRewardCollator": "reft_kernels.training",
+    "ReftRewardDataset": "reft_kernels.training",
+    "ReftSupervisedDataset": "reft_kernels.training",
+    "ReftTrainer": "reft_kernels.training",
     "ReftTrainerForCausalLM": "reft_kernels.training",
+    "ReftTrainerForCausalLMDistributed": "reft_kernels.training",
+    "ReftTrainerForSequenceClassification": "reft_kernels.training",
+    "make_last_position_supervised_chat_data_module": "reft_kernels.training",
+    "make_last_position_supervised_data_module": "reft_kernels.training",
+    "make_multiple_position_supervised_data_module": "reft_kernels.training",
     "make_supervised_data_module": "reft_kernels.training",
 }
 

@@ -191,7 +191,8 @@ class ReftModel(nn.Module):
             unit_locations: which tokens each intervention edits; counted within the tokens of this call. Forms:
                 see ``positions.read_unit_locations``.
             subspaces: per intervention, passed on to interventions that are not of this library; built-in ones
-                ignore it, as pyreft's do.
+                ignore it, as pyreft's do. Beside ``intervention_locations`` also an int tensor
+                [B, num_interventions, k], as the data collator makes it.
             labels, return_dict, use_cache: passed on where not None.
             output_original_output: also run the base model without edits.
             positions: instead of the config's, for this call.
