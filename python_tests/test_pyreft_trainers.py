@@ -91,7 +91,7 @@ def test_a_notebook_of_pyreft(tmp_path: Path, kind: str, keyword: str) -> None:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    prompt = tokenizer(prompts[0], return_tensors="pt")
+    prompt = tokenizer(prompts[0], return_tensors="pt", return_token_type_ids=False)
     last = prompt["input_ids"].shape[-1] - 1
     places = {"last": [[[last]]], "multiple": [[[0]], [[last]]]}[kind]
     _, response = reft_model.generate(
@@ -225,6 +225,32 @@ def test_subspaces_as_a_tensor() -> None:
     assert not torch.equal(model(input_ids=ids, **{**listed, "subspaces": subspaces}).logits, wanted)
     with pytest.raises(ValueError, match=r"\[num_interventions, B, k\] = \[2, 2, k\]"):
         model(input_ids=ids, intervention_locations=places, subspaces=subspaces[0])
+
+
+@pytest.mark.parametrize("step", ["train", "evaluate"])
+def test_a_loss_of_a_subclass_gets_the_batch_as_pyreft_hands_it_over(tmp_path: Path, step: str) -> None:
+    """Tensors, which the subclass permutes and makes lists of, as pyreft's own losses do."""
+
+    class Own(pyreft.ReftTrainerForCausalLM):
+        def compute_loss(
+            self, intervenable: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            locations = inputs["intervention_locations"].permute(1, 0, 2).tolist()
+            _, outputs = intervenable(
+                {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]},
+                unit_locations={"sources->base": (None, locations)},
+                labels=inputs["labels"],
+                subspaces=inputs["subspaces"].permute(1, 0, 2).tolist(),
+            )
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    model, tokenizer = sub_model(), make_tokenizer(pad=True, bos=True)
+    data = supervised(model, tokenizer, [{**row, "subspaces": [1]} for row in rows(6)])
+    options = arguments(tmp_path, max_steps=2, remove_unused_columns=False)
+    trainer = Own(model, options, seq2seq(tokenizer), train_dataset=data, eval_dataset=data)
+    getattr(trainer, step)()
+    assert all(len(intervention.seen) == 2 for intervention in model.interventions.values())
+    assert all(rows_ in ([[1]] * 2, [[1]] * 4) for rows_ in model.interventions[model.keys[0]].seen)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):

@@ -310,6 +310,18 @@ def test_texts_and_labels_of_a_data_set(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] < before / 2
 
 
+def test_a_batch_without_labels(tmp_path: Path) -> None:
+    model = model_of(num_labels=LABELS)
+    trainer = trainer_of(model, tmp_path, single(2))
+    batch = collate(trainer.train_dataset.items)
+    del batch["labels"]
+    with pytest.raises(ValueError, match=r"needs labels, got \['attention_mask', 'input_ids'\]"):
+        trainer.compute_loss(model, batch)
+    for item in trainer.train_dataset.items:
+        del item["labels"]
+    assert trainer.predict(trainer.train_dataset).predictions.shape == (2, LABELS)
+
+
 @pytest.mark.parametrize(
     ("problem", "labels", "message"),
     [

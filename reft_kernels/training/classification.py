@@ -42,11 +42,11 @@ class ReftTrainerForSequenceClassification(ReftTrainer):
 
     def problem_type(self, labels: Tensor) -> Problem:
         """Which loss these labels have."""
-        config: Any = self._base.config
-        if config.problem_type is not None:
-            stated: Problem = config.problem_type
+        config = getattr(self._base, "config", None)
+        stated: Problem | None = getattr(config, "problem_type", None)
+        if stated is not None:
             return stated
-        if config.num_labels == 1:
+        if getattr(config, "num_labels", None) == 1:
             return "regression"
         is_class = labels.dtype in (torch.int64, torch.int32)
         return "single_label_classification" if is_class else "multi_label_classification"
@@ -58,9 +58,11 @@ class ReftTrainerForSequenceClassification(ReftTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """See ReftTrainer.compute_loss. Raises ValueError where labels do not fit the kind of problem."""
+        """See ReftTrainer.compute_loss. Raises ValueError where there are no labels or they do not fit the problem."""
         inputs = self._model_inputs(inputs)
-        labels: Tensor = inputs.pop("labels")
+        labels: Tensor | None = inputs.pop("labels", None)
+        if labels is None:
+            raise ValueError(f"a batch for training needs labels, got {sorted(inputs)}")
         outputs = model(**inputs)
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)

@@ -158,7 +158,9 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         if ignore_keys is None:
             config = getattr(self._base, "config", None)
             ignore_keys = list(getattr(config, "keys_to_ignore_at_inference", ["past_key_values"]))
-        return super().prediction_step(model, self._model_inputs(inputs), prediction_loss_only, ignore_keys)
+        if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
+            inputs = self._model_inputs(inputs)  # which compute_loss does where there are labels
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that weight decay applies to: matrices, except orthonormal R's."""
