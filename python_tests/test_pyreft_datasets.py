@@ -47,6 +47,24 @@ def test_an_item_of_instructions() -> None:
     assert "### Input:\nthe box\n" in tokenizer.decode(supervised(given, tokenizer)[0]["input_ids"])
 
 
+@pytest.mark.parametrize("no_stop", [True, False])
+def test_a_tokenizer_that_appends_the_end_token_changes_nothing(no_stop: bool) -> None:
+    plain = supervised(no_stop=no_stop)
+    appending = supervised(tokenizer=make_tokenizer(bos=True, append_eos=True), no_stop=no_stop)
+    assert [str(item) for item in appending] == [str(item) for item in plain]
+
+
+def test_long_texts_are_cut_at_the_tokenizers_limit() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    length = prompt_length(supervised(tokenizer=tokenizer)[0])
+    tokenizer.model_max_length = length + 2
+    item = supervised(tokenizer=tokenizer)[0]
+    assert (len(item["input_ids"]), prompt_length(item)) == (length + 2, length)
+    tokenizer.model_max_length = length - 2
+    item = supervised(tokenizer=tokenizer)[0]
+    assert (len(item["input_ids"]), prompt_length(item)) == (length - 2, length - 2)
+
+
 def test_items_are_copies() -> None:
     data = supervised()
     data[0]["input_ids"].zero_()

@@ -132,7 +132,10 @@ def test_evaluation_loss_and_metrics(tmp_path: Path, kind: str, remove_unused_co
 
     options = arguments(tmp_path, remove_unused_columns=remove_unused_columns, per_device_eval_batch_size=6)
     trainer = getattr(pyreft, kind)(model, options, collate, eval_dataset=data, compute_metrics=metrics)
+    calls = Calls(model.model)
     found = trainer.evaluate()
+    assert len(calls.keywords) == 1
+    assert not {"id", "intervention_locations", "target_columns"} & set(calls.keywords[0])
     batch = collate([data[index] for index in range(6)])
     del batch["id"]
     with torch.no_grad():
@@ -143,6 +146,23 @@ def test_evaluation_loss_and_metrics(tmp_path: Path, kind: str, remove_unused_co
     assert seen["labels"].tolist() == batch["labels"].tolist()
     predictions = trainer.predict(data)
     assert predictions.metrics["test_loss"] == pytest.approx(found["eval_loss"])
+
+
+def test_the_default_collator_takes_pairs_of_answers(tmp_path: Path) -> None:
+    """Their padding is masked, though the tokenizer has no other token for it than the end token."""
+    model, tokenizer = loreft_model(), make_tokenizer()
+    fields = {"instruction_field": "name", "input_field": "input"}
+    answers = {"chosen_output_field": "good", "rejected_output_field": "bad"}
+    options = {"position": "l1", "num_interventions": 2, **fields, **answers}
+    given = [{"name": "a colour", "good": "the longer answer of both", "bad": "b"}] * 2
+    data = pyreft.ReftPreferenceDataset(None, None, tokenizer, dataset=given, **options)
+    trainer = pyreft.ReftTrainerForCausalLM(
+        model, arguments(tmp_path), tokenizer=tokenizer, train_dataset=data, eval_dataset=data
+    )
+    batch = trainer.data_collator([data[0], data[1]])
+    assert batch["attention_mask"].tolist() == [data[0]["attention_mask"].tolist()] * 2
+    assert not batch["attention_mask"].all()
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_rows_without_labels_are_predicted(tmp_path: Path) -> None:

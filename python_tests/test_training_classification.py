@@ -147,12 +147,16 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path, problem: str)
             max_grad_norm=0.0,
             learning_rate=1e-3,
         )
+        batch = collate(trainer.train_dataset.items)
+        with torch.no_grad():
+            wanted = plain_loss(problem, trainer.compute_loss(model, dict(batch), True)[1].logits, batch["labels"])
         before = {name: p.detach().clone() for name, p in model.interventions.named_parameters()}
         trainer.train()
         moved = {name: p.detach() - before[name] for name, p in model.interventions.named_parameters()}
         finished.append((moved, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
     (large, large_loss), (small, small_loss) = finished
     assert small_loss == pytest.approx(large_loss, rel=1e-3)
+    assert large_loss == pytest.approx([wanted.item()], rel=1e-3)
     scale = max(value.abs().max().item() for value in large.values())
     assert scale > 0
     for name, value in large.items():

@@ -101,7 +101,7 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known: list[str] = self._signature_columns
-        self._signature_columns: list[str] = list(dict.fromkeys([*known, LOCATIONS, SUBSPACES, *self._base_inputs]))
+        self._signature_columns: list[str] = list(dict.fromkeys([*known, *self._base_inputs]))
 
     def _model_inputs(self, batch: Any) -> dict[str, Any]:
         """A batch as keywords of the ReftModel; the same again for what is that already."""
