@@ -16,6 +16,7 @@ from reft_kernels.positions import (
     prompt_positions,
     read_unit_locations,
     shift_positions,
+    stack_locations,
 )
 
 CPU = torch.device("cpu")
@@ -114,12 +115,59 @@ def test_locations_of_pyreft() -> None:
         ({"positions": "all", "num_interventions": 2}, "unit_locations=None"),
         ({"num_interventions": 2}, "give positions"),
         ({"first_n": -1, "num_interventions": 2}, "at least 0"),
-        ({"first_n": 1, "num_interventions": 0}, "at least 1"),
+        ({"first_n": 1, "num_interventions": -1}, "at least 0"),
+        ({"first_n": 1, "num_interventions": 2, "pad_mode": "none"}, "pad_mode must be 'first' or 'last', got 'none'"),
     ],
 )
 def test_locations_refuse(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_intervention_locations(9, **arguments)
+
+
+def test_locations_for_no_intervention_and_in_empty_slots() -> None:
+    assert get_intervention_locations(9, positions="f1+l1", num_interventions=0) == []
+    padded = get_intervention_locations(3, positions="f2+l2", num_interventions=2, pad_mode="last")
+    assert padded == [[0, 3], [2, 3]]
+    rows = get_intervention_locations(last_position=9, positions="l1", num_interventions=2, input_field="no effect")
+    assert rows == [[8], [8]]
+    assert rows[0] is not rows[1]
+
+
+def test_odd_locations_with_pyreft_compat() -> None:
+    """Values that pyreft itself returns."""
+    assert get_intervention_locations(9, positions="f1+l1", num_interventions=1, pyreft_compat=True) == []
+    assert get_intervention_locations(9, positions="f1+l1", num_interventions=3, pyreft_compat=True) == [[0], [8]]
+    wide = get_intervention_locations(1, positions="f2+l2", num_interventions=2, pyreft_compat=True)
+    assert wide == [[-1] * 4] * 2
+    assert get_intervention_locations(1, positions="f2+l2", num_interventions=2) == [[-1] * 2] * 2
+
+
+def test_stack_locations() -> None:
+    stacked = stack_locations([[[0, 1], [7]], [[2], [-1, 3, 4]], torch.tensor([[5], [6]])])
+    assert stacked.dtype == torch.long
+    assert stacked.tolist() == [
+        [[0, 1, -1], [7, -1, -1]],
+        [[2, -1, -1], [-1, 3, 4]],
+        [[5, -1, -1], [6, -1, -1]],
+    ]
+    moved = stack_locations([[[0, -1]], [[4, 2]]], offsets=[3, 0])
+    assert moved.tolist() == [[[3, -1]], [[4, 2]]]
+    assert stack_locations([[0], [0]]).tolist() == [[0], [0]]
+    assert stack_locations([[], []]).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("locations", "message"),
+    [
+        ([[[0], [1]], [[0]]], "one number of interventions"),
+        ([[[0.5]]], r"ints nested \[num_interventions\]\[P\], got \[\[0.5\]\]"),
+        ([[[0], 1]], "ints nested"),
+        ([[[[0]]]], "ints nested"),
+    ],
+)
+def test_stack_locations_refuses(locations: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stack_locations(locations)
 
 
 NESTED = [[[0, 1], [2]], [[3, 3], [-1, 4]]]

@@ -24,15 +24,33 @@ from reft_kernels.interventions import (
     NoreftIntervention,
 )
 from reft_kernels.orthogonal import OrthonormalRows, orthonormal_rows
+from reft_kernels.positions import get_intervention_locations, parse_positions
 from reft_kernels.stiefel_adamw import StiefelAdamW
 
 if TYPE_CHECKING:
     from reft_kernels.compat import patch_pyreft, unpatch_pyreft
     from reft_kernels.config import ReftConfig
     from reft_kernels.model import ReftModel, get_reft_model
-    from reft_kernels.positions import get_intervention_locations, parse_positions
     from reft_kernels.task_types import ReftType, TaskType
-    from reft_kernels.training import ReftTrainerForCausalLM, make_supervised_data_module
+    from reft_kernels.training import (
+        ReftClassificationDataset,
+        ReftDataCollator,
+        ReftDataset,
+        ReftGenerationDataset,
+        ReftPreferenceDataset,
+        ReftRawDataset,
+        ReftRewardCollator,
+        ReftRewardDataset,
+        ReftSupervisedDataset,
+        ReftTrainer,
+        ReftTrainerForCausalLM,
+        ReftTrainerForCausalLMDistributed,
+        ReftTrainerForSequenceClassification,
+        make_last_position_supervised_chat_data_module,
+        make_last_position_supervised_data_module,
+        make_multiple_position_supervised_data_module,
+        make_supervised_data_module,
+    )
 
 __version__ = "0.1.0"
 
@@ -44,9 +62,21 @@ __all__ = [
     "NodireftIntervention",
     "NoreftIntervention",
     "OrthonormalRows",
+    "ReftClassificationDataset",
     "ReftConfig",
+    "ReftDataCollator",
+    "ReftDataset",
+    "ReftGenerationDataset",
     "ReftModel",
+    "ReftPreferenceDataset",
+    "ReftRawDataset",
+    "ReftRewardCollator",
+    "ReftRewardDataset",
+    "ReftSupervisedDataset",
+    "ReftTrainer",
     "ReftTrainerForCausalLM",
+    "ReftTrainerForCausalLMDistributed",
+    "ReftTrainerForSequenceClassification",
     "ReftType",
     "StiefelAdamW",
     "TaskType",
@@ -59,6 +89,9 @@ __all__ = [
     "get_reft_model",
     "lobireft",
     "loreft",
+    "make_last_position_supervised_chat_data_module",
+    "make_last_position_supervised_data_module",
+    "make_multiple_position_supervised_data_module",
     "make_supervised_data_module",
     "nodireft",
     "noreft",
@@ -75,12 +108,25 @@ _LAZY = {
     "ReftModel": "reft_kernels.model",
     "ReftType": "reft_kernels.task_types",
     "TaskType": "reft_kernels.task_types",
-    "get_intervention_locations": "reft_kernels.positions",
     "get_reft_model": "reft_kernels.model",
-    "parse_positions": "reft_kernels.positions",
     "patch_pyreft": "reft_kernels.compat",
     "unpatch_pyreft": "reft_kernels.compat",
+    "ReftClassificationDataset": "reft_kernels.training",
+    "ReftDataCollator": "reft_kernels.training",
+    "ReftDataset": "reft_kernels.training",
+    "ReftGenerationDataset": "reft_kernels.training",
+    "ReftPreferenceDataset": "reft_kernels.training",
+    "ReftRawDataset": "reft_kernels.training",
+    "ReftRewardCollator": "reft_kernels.training",
+    "ReftRewardDataset": "reft_kernels.training",
+    "ReftSupervisedDataset": "reft_kernels.training",
+    "ReftTrainer": "reft_kernels.training",
     "ReftTrainerForCausalLM": "reft_kernels.training",
+    "ReftTrainerForCausalLMDistributed": "reft_kernels.training",
+    "ReftTrainerForSequenceClassification": "reft_kernels.training",
+    "make_last_position_supervised_chat_data_module": "reft_kernels.training",
+    "make_last_position_supervised_data_module": "reft_kernels.training",
+    "make_multiple_position_supervised_data_module": "reft_kernels.training",
     "make_supervised_data_module": "reft_kernels.training",
 }
 

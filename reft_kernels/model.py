@@ -219,7 +219,8 @@ class ReftModel(PyveneMethods):
             unit_locations: which tokens each intervention edits; counted within the tokens of this call. Forms:
                 see ``positions.read_unit_locations``.
             subspaces: per intervention, passed on to interventions that are not of this library; built-in ones
-                ignore it, as pyreft's do.
+                ignore it, as pyreft's do. Beside ``intervention_locations`` also an int tensor
+                [B, num_interventions, k], as the data collator makes it.
             labels, use_cache: passed on where not None.
             return_dict: with ``base``, return a :class:`ReftModelOutput` instead of the pair; else passed on.
             intervention_additional_kwargs: keywords for the calls of interventions that are not of this library.

@@ -66,6 +66,7 @@ class Planner:
                 held = int(cache_length(past))
             labels = inputs.get("labels") if self._is_causal() else None
             locations = self._spanned(spans, tokens, mask, held, labels)
+        subspaces = _as_the_locations(subspaces, intervention_locations)
         plan: Plan = self._make(Plan, locations, subspaces, tokens, inplace)
         batch, length = (0, 0) if tokens is None else tokens.shape[:2]
         plan.look_at(Window(batch, held, length))
@@ -106,6 +107,7 @@ class Planner:
                 mask = self._mask_of(tokens, inputs)
             locations = self._spanned(spans, tokens, mask, extent - tokens.shape[1], None)
         encoder_decoder = bool(getattr(text_config(self.model), "is_encoder_decoder", False))
+        subspaces = _as_the_locations(subspaces, intervention_locations)
         plan: GenerationPlan = self._make(
             GenerationPlan, locations, subspaces, tokens, inplace, encoder_decoder=encoder_decoder
         )
@@ -214,10 +216,23 @@ def _tokens(inputs: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:
     return next((inputs[name] for name in names if isinstance(inputs.get(name), Tensor)), None)
 
 
+def _as_the_locations(subspaces: Any, intervention_locations: Tensor | None) -> Any:
+    """A tensor of subspaces with the interventions first. Beside ``intervention_locations`` it has the batch first."""
+    batch_first = intervention_locations is not None and isinstance(subspaces, Tensor) and subspaces.dim() == 3
+    return subspaces.transpose(0, 1) if batch_first else subspaces
+
+
 def _read_subspaces(subspaces: Any, count: int, batch: int) -> Sequence[Any] | None:
     """pyreft's forms, an int, a flat list of ints or [num_interventions][B][k], as one item an intervention."""
     if subspaces is None:
         return None
+    if isinstance(subspaces, Tensor):
+        if subspaces.dim() != 3 or tuple(subspaces.shape[:2]) != (count, batch):
+            raise ValueError(
+                f"subspaces must be [num_interventions, B, k] = [{count}, {batch}, k], or the first two the other way "
+                f"round beside intervention_locations; got {list(subspaces.shape)}"
+            )
+        return list(subspaces.unbind(0))
     if isinstance(subspaces, int):
         subspaces = [subspaces]
     if isinstance(subspaces, (list, tuple)) and subspaces and all(isinstance(s, int) for s in subspaces):

@@ -10,6 +10,7 @@ import datasets
 import pytest
 from data_peer import CLASSES, EARLY, SHORT, both, items, plain, rows, tokenizer, unsunk
 from pyreft import dataset as stock
+from transformers import AutoTokenizer
 
 from reft_kernels.training import data_modules, pyreft_datasets, task_datasets
 
@@ -184,3 +185,16 @@ def test_data_modules(name: str, nonstop: bool) -> None:
             )
         ]
         assert list(ours["train_dataset"]) == mended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raw", "supervised", "generation", "preference", "reward"])
+def test_with_a_tokenizer_in_use(name: str, smollm2: Path) -> None:
+    """SmolLM2's, whose padding token is its end token and whose chats begin every message with the start token."""
+    made = AutoTokenizer.from_pretrained(smollm2)
+    made.model_max_length = 64
+    theirs, compat, ours = both(name, tokenize=made, position="f7+l7")
+    assert items(compat) == items(theirs)
+    for item in items(ours):
+        field = "chosen_output" if name == "reward" else "input_ids"
+        assert max(p for line in item["intervention_locations"] for p in line) < len(item[field][1])

@@ -1,5 +1,9 @@
-"""Training on top of transformers: data with edit positions, the Trainer, and accuracy by generation."""
+"""Training on top of transformers: data with edit positions, the Trainers, and accuracy by generation."""
 
+from reft_kernels.training.causal_lm import ReftTrainerForCausalLM, ReftTrainerForCausalLMDistributed
+from reft_kernels.training.checkpoints import last_complete_checkpoint
+from reft_kernels.training.classification import ReftTrainerForSequenceClassification
+from reft_kernels.training.collators import ReftDataCollator, ReftRewardCollator
 from reft_kernels.training.data import (
     Example,
     SupervisedCollator,
@@ -9,6 +13,11 @@ from reft_kernels.training.data import (
     make_supervised_data_module,
     read_jsonl,
 )
+from reft_kernels.training.data_modules import (
+    make_last_position_supervised_chat_data_module,
+    make_last_position_supervised_data_module,
+    make_multiple_position_supervised_data_module,
+)
 from reft_kernels.training.evaluate import (
     Accuracy,
     Prediction,
@@ -16,13 +25,32 @@ from reft_kernels.training.evaluate import (
     extract_answer,
     generate_texts,
 )
-from reft_kernels.training.trainer import ReftTrainerForCausalLM, last_complete_checkpoint
+from reft_kernels.training.pair_datasets import ReftPreferenceDataset, ReftRewardDataset
+from reft_kernels.training.pyreft_datasets import ReftDataset, ReftRawDataset
+from reft_kernels.training.task_datasets import (
+    ReftClassificationDataset,
+    ReftGenerationDataset,
+    ReftSupervisedDataset,
+)
+from reft_kernels.training.trainer import ReftTrainer
 
 __all__ = [
     "Accuracy",
     "Example",
     "Prediction",
+    "ReftClassificationDataset",
+    "ReftDataCollator",
+    "ReftDataset",
+    "ReftGenerationDataset",
+    "ReftPreferenceDataset",
+    "ReftRawDataset",
+    "ReftRewardCollator",
+    "ReftRewardDataset",
+    "ReftSupervisedDataset",
+    "ReftTrainer",
     "ReftTrainerForCausalLM",
+    "ReftTrainerForCausalLMDistributed",
+    "ReftTrainerForSequenceClassification",
     "SupervisedCollator",
     "SupervisedDataset",
     "build_prompt",
@@ -31,6 +59,9 @@ __all__ = [
     "extract_answer",
     "generate_texts",
     "last_complete_checkpoint",
+    "make_last_position_supervised_chat_data_module",
+    "make_last_position_supervised_data_module",
+    "make_multiple_position_supervised_data_module",
     "make_supervised_data_module",
     "read_jsonl",
 ]

@@ -45,7 +45,7 @@ class ReftDataCollator:
             batch = self.data_collator(list(instances))
             batch[LOCATIONS] = batch[LOCATIONS][..., : batch["input_ids"].shape[-1]]
             return batch
-        batch = self.data_collator(without_locations(instances))
+        batch = self.data_collator([_labels_as_list(item) for item in without_locations(instances)])
         add_locations(batch, instances, getattr(self.data_collator, "tokenizer", None))
         return batch
 
@@ -104,6 +104,12 @@ def _chosen_and_rejected(feature: Mapping[str, Any]) -> list[dict[str, Any]]:
 def without_locations(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The items as other collators can take them."""
     return [{name: value for name, value in item.items() if name not in (LOCATIONS, SUBSPACES)} for item in items]
+
+
+def _labels_as_list(item: dict[str, Any]) -> dict[str, Any]:
+    """Token labels as ints: padded as tensors they are joined one by one through numpy, which is slow."""
+    labels = item.get("labels")
+    return {**item, "labels": labels.tolist()} if isinstance(labels, Tensor) and labels.dim() == 1 else item
 
 
 def add_locations(batch: Any, items: Sequence[Mapping[str, Any]], tokenizer: Any = None) -> None:

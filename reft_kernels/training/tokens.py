@@ -24,14 +24,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, keep_end
     """
     if not texts:
         return []
-    options: dict[str, Any] = {"truncation": False}
+    options: dict[str, Any] = {"padding": False, "truncation": False, "verbose": False}
     if tokenizer.model_max_length <= _NO_LIMIT:
-        options = {"truncation": True, "max_length": tokenizer.model_max_length}
-    encoded: list[list[int]] = tokenizer(list(texts), padding=False, verbose=False, **options)["input_ids"]
-    eos = tokenizer.eos_token_id
-    if keep_end or eos is None or tokenizer("")["input_ids"][-1:] != [eos]:
+        options.update(truncation=True, max_length=tokenizer.model_max_length)
+    encoded: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
+    end = [tokenizer.eos_token_id]
+    if keep_end or not any(ids[-1:] == end for ids in encoded):
         return encoded
-    return [ids[:-1] if ids[-1:] == [eos] else ids for ids in encoded]
+    # The empty text's own tokens are those that the tokenizer adds to every text.
+    if tokenizer("", **options)["input_ids"][-1:] != end:
+        return encoded
+    return [ids[:-1] if ids[-1:] == end else ids for ids in encoded]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, keep_end: bool = False) -> Tensor:

@@ -3,79 +3,56 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import DataCollatorWithPadding, Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import can_return_loss, find_labels
 
-from reft_kernels.checkpoint import ADAPTER_FILE, BASE_FILE, CONFIG_FILE, load_base_tensors
+from reft_kernels.checkpoint import BASE_FILE, load_base_tensors
 from reft_kernels.model import ReftModel
+from reft_kernels.modules import inner_model
 from reft_kernels.stiefel import StiefelParameter
 from reft_kernels.stiefel_adamw import StiefelAdamW
-from reft_kernels.training.data import IGNORE_INDEX, SupervisedCollator, pad_token_id
+from reft_kernels.training.checkpoints import last_complete_checkpoint, save_beside
+from reft_kernels.training.collators import LOCATIONS, SUBSPACES, ReftDataCollator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COLUMNS = "target_columns"
-STATE_FILE = "trainer_state.json"
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
-# The order in which they are put into a folder; without the last it is no adapter.
-FILES = (ADAPTER_FILE, BASE_FILE, CONFIG_FILE)
+# What pyreft's data sets number their rows with.
+_ROW = "id"
 
 
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The `checkpoint-N` folder of the largest N in `folder` that was written to its end, or None.
+class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
+    """Trains a ReftModel over a model of any kind that returns a loss (pyreft `ReftTrainer`).
 
-    The Trainer writes `trainer_state.json` last, so a checkpoint whose writing was cut short lacks it (or
-    holds half of it) and is passed over.
-    """
-    found: list[tuple[int, Path]] = []
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdecimal() and path.is_dir():
-            found.append((int(step), path))
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
-
-
-class ReftTrainerForCausalLM(Trainer):  # type: ignore[misc,unused-ignore]
-    """Trains a ReftModel over a causal language model (pyreft `ReftTrainerForCausalLM`).
-
-    Everything of transformers' Trainer holds: arguments, callbacks, progress bar, evaluation, checkpoints,
-    resuming and the best model at the end. The differences:
+    Everything of transformers' Trainer holds: arguments, callbacks, progress bar, evaluation, sharding over
+    processes, checkpoints, resuming and the best model at the end. The differences:
 
     - A checkpoint, and `save_model`, hold the adapter (`reft_model.save`) and nothing of the base model, except
-      parameters of it that are trained too (LoRA, a classifier head).
-    - The loss is the base model's own, over the labelled tokens of the whole accumulated batch.
-    - `intervention_locations` [B, I, P] of the batch reaches the model, also with
-      `remove_unused_columns=True`.
+      parameters of it that are trained too (LoRA, a classifier head). `ReftModel.load` reads them. An adapter
+      that is in the folder already is replaced.
+    - The loss is the base model's own; inputs of the batch go to it by their names.
+    - `intervention_locations` [B, I, P] and `subspaces` [B, I, k] of the batch reach the model, also with
+      `remove_unused_columns=True`; `id` does not. A model without interventions (LoRA alone) needs no locations, and
+      those it gets have no effect.
     - Weight decay applies to the learned matrices W (and P of the classes without orthonormal rows), not to
       biases and not to R, whose rows stay orthonormal. (In pyreft weight decay reaches no parameter at all.)
     - Where R itself is a parameter (`orthogonality="polar"`), AdamW is `StiefelAdamW`, which keeps its rows
       orthonormal.
-    - In training, logits are computed for the columns of a batch that predict a target and for no others, where the
-      base model can do that (`logits_to_keep`); the loss is the same.
     - Several visible GPUs without a distributed launcher are not split with DataParallel; the first is used.
 
     Args:
         model: a ReftModel.
         args: TrainingArguments.
-        data_collator: SupervisedCollator by default, if a tokenizer is given.
+        data_collator: by default, if a tokenizer is given, one that pads with it and keeps locations.
         tokenizer: used for the default collator only: the base model's special tokens stay as they are, and
             checkpoints hold no tokenizer. `processing_class` is its name in newer versions of transformers.
+        pyreft_compat: decay no parameter, whatever `weight_decay` says.
         **kwargs: Trainer's other arguments.
 
     Raises:
@@ -91,6 +68,7 @@ class ReftTrainerForCausalLM(Trainer):  # type: ignore[misc,unused-ignore]
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        pyreft_compat: bool = False,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, ReftModel):
@@ -99,20 +77,44 @@ class ReftTrainerForCausalLM(Trainer):  # type: ignore[misc,unused-ignore]
             raise ValueError("tokenizer and processing_class are two names of one argument; give one of them")
         tokenizer = tokenizer if tokenizer is not None else processing_class
         if data_collator is None and tokenizer is not None:
-            data_collator = SupervisedCollator(pad_token_id(tokenizer))
-        if data_collator is not None and _takes_columns(model.model):
-            data_collator = _TargetColumns(data_collator)
+            data_collator = self._default_collator(tokenizer)
         if args is not None and args.n_gpu > 1:
             args._n_gpu = 1
+        self.pyreft_compat = pyreft_compat
+        self._base = inner_model(model.model)
+        self._base_inputs = tuple(inspect.signature(self._base.forward).parameters)
+        self._edits = len(model.interventions) > 0
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
-        # Position 0 of a row is never predicted; the labels that count are those of `labels[..., 1:]`.
-        self._loss_shifts_labels = True
+        if self.args.label_names is None:
+            self.label_names: list[str] = find_labels(type(self._base))
+        self.can_return_loss: bool = can_return_loss(type(self._base))
+        self._loss_shifts_labels = self._shifts_labels()
+
+    def _default_collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        return ReftDataCollator(DataCollatorWithPadding(tokenizer))
+
+    def _shifts_labels(self) -> bool:
+        """Whether the label of a column is predicted by the column before, so that the first never counts."""
+        encoder_decoder = getattr(getattr(self._base, "config", None), "is_encoder_decoder", False)
+        return LOSS_MAPPING.get(getattr(self._base, "loss_type", None)) is ForCausalLMLoss and not encoder_decoder
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known: list[str] = self._signature_columns
-        base = inspect.signature(self.model.model.forward).parameters
-        self._signature_columns: list[str] = list(dict.fromkeys([*known, "intervention_locations", *base]))
+        self._signature_columns: list[str] = list(dict.fromkeys([*known, *self._base_inputs]))
+
+    def _model_inputs(self, batch: Any) -> dict[str, Any]:
+        """A batch as keywords of the ReftModel; the same again for what is that already."""
+        inputs = dict(batch)
+        inputs.pop(_ROW, None)
+        if not self._edits:
+            inputs.pop(LOCATIONS, None)
+            inputs.pop(SUBSPACES, None)
+        if isinstance(inputs.get(SUBSPACES), Tensor):
+            inputs[SUBSPACES] = list(inputs[SUBSPACES].unbind(1))
+        if "use_cache" in self._base_inputs:
+            inputs.setdefault("use_cache", False)
+        return inputs
 
     def compute_loss(
         self,
@@ -126,28 +128,44 @@ class ReftTrainerForCausalLM(Trainer):  # type: ignore[misc,unused-ignore]
         `num_items_in_batch` is the number of labelled tokens of all the batches of an optimiser step: the sum
         over this batch's tokens is divided by it, so accumulated steps equal one step on the joined batch.
         """
-        inputs = {"use_cache": False, **inputs}
-        columns = inputs.pop(COLUMNS, None)
-        if self.label_smoother is None or self.compute_loss_func is not None:
-            own_loss = self.compute_loss_func is None and not return_outputs
-            if columns is not None and own_loss and model.training:
-                inputs["logits_to_keep"] = columns
-                inputs["shift_labels"] = inputs["labels"][:, 1:].index_select(1, columns)
+        inputs = self._model_inputs(inputs)
+        if self.label_smoother is None or self.compute_loss_func is not None or "labels" not in inputs:
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         # Trainer shifts the labels for smoothing only where it knows the model's class name.
         labels = inputs["labels"]
         outputs = model(**inputs)
-        loss = self.label_smoother(outputs, labels, shift_labels=True)
+        loss = self.label_smoother(outputs, labels, shift_labels=self._loss_shifts_labels)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            loss = loss * (labels[..., 1:] != self.label_smoother.ignore_index).sum() / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
+            counted = labels[..., 1:] if self._loss_shifts_labels else labels
+            loss = loss * (counted != self.label_smoother.ignore_index).sum() / num_items_in_batch
+            loss = self._across_processes(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _across_processes(self, loss: Tensor) -> Tensor:
+        """A sum divided by the items of all processes, such that the mean over processes is the mean over items."""
+        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As Trainer.prediction_step; the base model's config says which outputs are no predictions."""
+        if ignore_keys is None:
+            config = getattr(self._base, "config", None)
+            ignore_keys = list(getattr(config, "keys_to_ignore_at_inference", ["past_key_values"]))
+        if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
+            inputs = self._model_inputs(inputs)  # which compute_loss does where there are labels
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that weight decay applies to: matrices, except orthonormal R's."""
+        if self.pyreft_compat:
+            return []
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if ".rotate_layer." not in name and _is_matrix(model, name)]
 
@@ -182,7 +200,7 @@ class ReftTrainerForCausalLM(Trainer):  # type: ignore[misc,unused-ignore]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            _save_beside(self.model, Path(output_dir if output_dir is not None else self.args.output_dir))
+            save_beside(self.model, Path(output_dir if output_dir is not None else self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load(resume_from_checkpoint)
@@ -194,54 +212,6 @@ class ReftTrainerForCausalLM(Trainer):  # type: ignore[misc,unused-ignore]
         self.model.load_adapter(folder)
         if (Path(folder) / BASE_FILE).is_file():
             load_base_tensors(folder, self.model.model)
-
-
-def _takes_columns(base: nn.Module) -> bool:
-    """Whether the base model can be asked for some columns' logits and for a loss on labels shifted already."""
-    parameters = inspect.signature(base.forward).parameters
-    takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    shifts = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
-    return "logits_to_keep" in parameters and takes_more and shifts
-
-
-class _TargetColumns:
-    """Adds to a collator's batch the columns [K] whose logits predict a label in some row.
-
-    Found here, on the host, since their number is a shape: on a GPU it would be waited for.
-    """
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, features: Any) -> Any:
-        batch = self.collator(features)
-        labels = batch.get("labels")
-        if isinstance(labels, Tensor) and labels.ndim == 2:
-            batch[COLUMNS] = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-        return batch
-
-
-def _save_beside(model: ReftModel, folder: Path) -> None:
-    """`model.save(folder)` for a folder that may hold other files, such as the Trainer's.
-
-    A crash leaves the old adapter, the new one, or a folder that is no adapter; never a mixture of two.
-    """
-    include_model = any(parameter.requires_grad for parameter in model.model.parameters())
-    others = {path.name for path in folder.iterdir()} - set(FILES) if folder.is_dir() else set()
-    if not others:
-        model.save(folder, include_model=include_model)
-        return
-    staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder))
-    try:
-        model.save(staging, include_model=include_model)
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-        for name in FILES:
-            if (staging / name).exists():
-                os.replace(staging / name, folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _is_matrix(model: nn.Module, name: str) -> bool:
