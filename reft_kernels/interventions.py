@@ -15,6 +15,7 @@ Constructor arguments and attribute names are pyreft's (``pyreft/interventions.p
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 
 from reft_kernels.complement import ComplementRows
 from reft_kernels.functional import edit
+from reft_kernels.orthogonal import check_orthonormal, row_error
 from reft_kernels.problem import wide_default_dtype
+from reft_kernels.pyreft_layout import FREE_KEYS, ORTHONORMAL_KEYS, PYREFT_ONLY, read_operands
 from reft_kernels.reference import ACTIVATIONS
 from reft_kernels.stiefel import ORTHOGONALITIES, Rows, make_rows, retract_
 
@@ -53,6 +56,10 @@ _IGNORED = frozenset(
         "use_fast",
     }
 )
+
+
+# |R R^T - I| of rows that were orthonormal when they were rounded to float32.
+_ROUNDING = 1e-5
 
 
 class EditWeights(NamedTuple):
@@ -106,6 +113,33 @@ class RotateLayer(nn.Module):
         rows.assign(R)
         rows.requires_grad_(any(p.requires_grad for p in self.rows.parameters()))
         return rows.train(self.rows.training)
+
+    @torch.no_grad()
+    def state_of(self, R: Tensor) -> dict[str, Tensor]:
+        """The state dict with which this layer has the R [r, d] of another library's file; nothing is changed.
+
+        Where this layer keeps its rows orthonormal, R is replaced by the nearest matrix that has such rows, with a
+        warning if it is off by more than rounding in float32.
+
+        Raises:
+            ValueError: the shape is not [r, d], or rows that are to be orthonormal are further than 1e-2 from that.
+        """
+        rows = copy.deepcopy(self.rows)
+        if any(p.is_meta for p in rows.parameters()):
+            if isinstance(rows, ComplementRows):
+                raise ValueError("orthogonal_to: expected the given rows, got rows on the meta device")
+            rows.to_empty(device="cpu")
+        rows.to("cpu")
+        R = R.detach().to("cpu", torch.float64)
+        if rows.orthogonality != "none" and R.shape == (rows.r, rows.d):
+            check_orthonormal(R, "; orthogonality='none' takes them as they are")
+            if (error := row_error(R)) > _ROUNDING:
+                warnings.warn(
+                    f"R was saved with |R R^T - I| = {error:.2g}: the nearest orthonormal rows are taken", stacklevel=2
+                )
+            retract_([R])
+        rows.assign(R)
+        return {f"rows.{name}": value for name, value in rows.state_dict().items()}
 
     @property
     def weight(self) -> Tensor:
@@ -221,6 +255,48 @@ class Intervention(nn.Module):
             The shape and dtype of ``base``.
         """
         return edit_rows((self,), base)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes pyreft's state dict of the class (:mod:`reft_kernels.pyreft_layout`) as well as this module's own.
+
+        Raises ValueError where its rank, its width or the rows of its R are not this module's; nothing of this module
+        has changed then.
+        """
+        own = {*self._parameters, *self._buffers}
+        keys = (ORTHONORMAL_KEYS if self.orthonormal else FREE_KEYS) - own
+        theirs = {name for name in keys if prefix + name in state_dict}
+        if not theirs.isdisjoint(PYREFT_ONLY if self.has_c else PYREFT_ONLY | {"proj_layer.bias"}):
+            translated = self._translated({name: state_dict[prefix + name] for name in theirs})
+            for name in theirs:
+                del state_dict[prefix + name]
+            state_dict.update({prefix + name: value for name, value in translated.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _translated(self, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of pyreft in this module's own names."""
+        kind, (d, r) = type(self).__name__, (self.embed_dim, self.low_rank_dimension)
+        try:
+            R, W, b, c = read_operands(theirs)
+        except ValueError as error:
+            raise ValueError(f"{kind}: pyreft's state dict does not fit together: {error}") from error
+        shape = next((t.shape for t in (R, W) if t is not None), None)
+        if shape is not None and shape != (r, d):
+            raise ValueError(
+                f"{kind}: the state dict has low_rank_dimension={shape[0]} and embed_dim={shape[1]}, this module has "
+                f"low_rank_dimension={r} and embed_dim={d}"
+            )
+        found = {"learned_source.weight": W, "learned_source.bias": b}
+        if self.has_c:
+            found["proj_layer.bias"] = c
+        if R is not None and self.orthonormal:
+            try:
+                state = self.rotate_layer.state_of(R)
+            except ValueError as error:
+                raise ValueError(f"{kind}: {error}") from error
+            found |= {f"rotate_layer.{name}": value for name, value in state.items()}
+        else:
+            found["proj_layer.weight"] = R
+        return {name: value for name, value in found.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, in types that JSON has."""

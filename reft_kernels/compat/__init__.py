@@ -1,0 +1,1 @@
+"""The files of other libraries that train ReFT: pyreft's and AdapterHub's."""
