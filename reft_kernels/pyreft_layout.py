@@ -70,7 +70,7 @@ def read_operands(state: Mapping[str, Tensor]) -> Operands:
     elif key == ORIGINAL:
         R = parametrized_matrix(state[ORIGINAL], state.get(BASE)).T
     else:
-        R = None if key is None else state[key].mT
+        R = None if key is None else state[key].transpose(0, -1)
     W, b = (None if found[name] is None else state[str(found[name])] for name in ("W", "b"))
     operands = Operands(R, W, b, state.get("proj_layer.bias"))
     _check_shapes(operands, {name: int(state[name]) for name in _SIZES if name in state})
