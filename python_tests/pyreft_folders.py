@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,3 @@ def train_a_little(reft_model: ReftModel) -> None:
 
 def state_of(reft_model: ReftModel) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in reft_model.state_dict().items()}
-
-
-def change_config(folder: Path, change: Callable[[Any], Any]) -> None:
-    path = folder / "config.json"
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))

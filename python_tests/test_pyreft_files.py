@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from pyreft_folders import (
     NAMES,
     STYLES,
     assert_holds,
-    change_config,
     file_name,
     logits,
     make,
@@ -103,15 +101,6 @@ def test_loreft_of_the_first_days(tmp_path: Path) -> None:
     """Nested keys, with the d x d base."""
     theirs = write_folder(tmp_path / "a", [(1, "block_output")], "LoreftIntervention", dot=".", nested=True)
     assert_holds(ReftModel.load(tmp_path / "a", tiny_model("llama")), theirs, "LoreftIntervention")
-
-
-def test_linked_representations_share_an_intervention(tmp_path: Path) -> None:
-    theirs = write_folder(tmp_path / "a", [(0, "block_output"), (2, "block_output")], "LoreftIntervention")
-    change_config(tmp_path / "a", lambda c: [item.__setitem__(9, 7) for item in c["representations"]])
-    loaded = ReftModel.load(tmp_path / "a", tiny_model("llama"))
-    first, second = loaded.interventions.values()
-    assert first is second
-    torch.testing.assert_close(first.edit_weights().R, theirs[0].R, **CLOSE)
 
 
 class OwnLoreft(LoreftIntervention):
@@ -219,14 +208,21 @@ def test_shared_and_placed_by_path(tmp_path: Path) -> None:
     strengthen(nn.ModuleList([shared, other]))
     reft_model = get_reft_model(tiny_model("llama"), ReftConfig(places)).eval()
     reft_model.save(tmp_path / "a", format="pyreft")
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert [item[9] for item in config["representations"]] == [0, None, 0]
     assert len(list((tmp_path / "a").glob("intkey_*.bin"))) == 3
-    (tmp_path / "a" / "reft_kernels.json").unlink()
     loaded = ReftModel.load(tmp_path / "a", tiny_model("llama"))
-    first, _, third = loaded.interventions.values()
+    first, second, third = loaded.interventions.values()
     assert first is third
+    assert first is not second
     assert loaded.count_parameters() == reft_model.count_parameters()
+    (tmp_path / "a" / "reft_kernels.json").unlink()  # then they are as many as pyreft's files are
+    apart = ReftModel.load(tmp_path / "a", tiny_model("llama"))
+    first, _, third = apart.interventions.values()
+    assert first is not third
+    batch = random_batch([7])
+    where = {"sources->base": (None, [[[0, 6]]] * 3)}
+    with torch.no_grad():
+        one, other = (model(batch, unit_locations=where)[1].logits for model in (loaded, apart))
+    torch.testing.assert_close(one, other, rtol=0, atol=2e-4)
 
 
 def test_pyreft_is_told_what_it_will_not_read(tmp_path: Path) -> None:

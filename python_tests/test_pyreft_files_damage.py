@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hand_edits import strengthen
-from pyreft_folders import change_config, file_name, logits, make, pyreft_warns, write_folder
+from pyreft_folders import file_name, logits, make, pyreft_warns, write_folder
 from tiny_models import random_batch, tiny_model
 
 from reft_kernels import folders
 from reft_kernels.model import ReftModel
+
+
+def change_config(folder: Path, change: Callable[[Any], Any]) -> None:
+    path = folder / "config.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
 
 
 def cut(path: Path, part: float) -> None:
@@ -59,6 +67,7 @@ BIN = file_name(1, "block_output", 0, "_")
         (ValueError, lambda f: change_config(f, lambda c: c["representations"][0].__setitem__(2, "h")), "unit='h'"),
         (ValueError, lambda f: change_config(f, lambda c: c["representations"][0].__setitem__(3, 4)), "units=4"),
         (ValueError, lambda f: change_config(f, lambda c: c["representations"][0].__setitem__(7, [[0, 1]])), "partit"),
+        (ValueError, lambda f: change_config(f, lambda c: c["representations"][0].__setitem__(9, 0)), "link_key=0"),
         (ValueError, lambda f: change_config(f, lambda c: c.update(intervention_types=[1])), "must name classes"),
         (
             ValueError,

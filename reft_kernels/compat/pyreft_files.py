@@ -142,12 +142,11 @@ def read_entries(folder: Path, classes: Mapping[str, type[nn.Module]] | None = N
     if not isinstance(widths, list) or len(widths) != len(listed):
         widths = [None] * len(listed)
     entries: list[Entry] = []
-    links: dict[Any, str] = {}
     for index, (item, kind, width) in enumerate(zip(listed, kinds, widths, strict=True)):
         fields = _fields(f"{path}: representations[{index}]", item)
         layer = None if "." in fields["component"] else fields["layer"]
         key = key_of(layer, fields["component"], _count(entries, layer, fields["component"]))
-        name, link = _class_name(path, kind), fields["intervention_link_key"]
+        name = _class_name(path, kind)
         if name not in (classes or {}):
             name = _OLD_NAMES.get(name, name)
         entries.append(
@@ -159,11 +158,9 @@ def read_entries(folder: Path, classes: Mapping[str, type[nn.Module]] | None = N
                 "positions": None,
                 "intervention": name,
                 "settings": {"embed_dim": width, "low_rank_dimension": fields["low_rank_dimension"]},
-                "same_as": None if link is None else links.get(link),
+                "same_as": None,
             }
         )
-        if link is not None:
-            links.setdefault(link, key)
     return entries
 
 
@@ -177,7 +174,9 @@ def _fields(place: str, item: Any) -> dict[str, Any]:
     component, layer = fields["component"], fields["layer"]
     if not isinstance(component, str) or ("." not in component and not isinstance(layer, int)):
         raise ValueError(f"{place}: cannot read its place, {component!r} of layer {layer!r}")
-    for name, only in (("unit", "pos"), ("max_number_of_units", 1), ("subspace_partition", None)):
+    # A linked intervention of pyvene's edits what the first of its links has edited, wherever it is itself.
+    only_known = {"unit": "pos", "max_number_of_units": 1, "subspace_partition": None, "intervention_link_key": None}
+    for name, only in only_known.items():
         if fields[name] not in (None, only):
             raise ValueError(f"{place}: {name}={fields[name]!r} is not supported, only {only!r}")
     return fields
@@ -306,7 +305,7 @@ def save_adapter(
         "intervention_dimensions": [entry["settings"].get("embed_dim") for entry in entries],
         "intervention_types": [str(_pyreft_class(type(module))) for module in modules.values()],
         "mode": "parallel",
-        "representations": _listed(entries),
+        "representations": [_listed(entry) for entry in entries],
         "sorted_keys": list(modules),
     }
 
@@ -351,23 +350,17 @@ def _without_fixed_rows(entry: Mapping[str, Any]) -> Entry:
     return {**entry, "settings": {k: v for k, v in entry["settings"].items() if k != "orthogonal_to"}}
 
 
-def _listed(entries: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """The representations as pyvene's named tuples in JSON; those that share an intervention have a link."""
-    shared = sorted({entry["same_as"] for entry in entries} - {None})
-    found = []
-    for entry in entries:
-        owner = entry["same_as"] or entry["key"]
-        fields = {
-            **dict.fromkeys(_FIELDS),
-            "layer": 0 if entry["layer"] is None else entry["layer"],
-            "component": entry["component"],
-            "unit": "pos",
-            "max_number_of_units": 1,
-            "low_rank_dimension": entry["low_rank_dimension"],
-            "intervention_link_key": shared.index(owner) if owner in shared else None,
-        }
-        found.append(list(fields.values()))
-    return found
+def _listed(entry: Mapping[str, Any]) -> list[Any]:
+    """A representation as pyvene's named tuple in JSON."""
+    fields = {
+        **dict.fromkeys(_FIELDS),
+        "layer": 0 if entry["layer"] is None else entry["layer"],
+        "component": entry["component"],
+        "unit": "pos",
+        "max_number_of_units": 1,
+        "low_rank_dimension": entry["low_rank_dimension"],
+    }
+    return list(fields.values())
 
 
 def _pyreft_class(kind: type[nn.Module]) -> str:
