@@ -127,7 +127,7 @@ def read_adapter(folder: Path, model: nn.Module, options: ReadOptions) -> checkp
     unused = {
         "reft_kernels": ("act_fn", "method", "orthogonality"),
         "pyreft": ("method",),
-        "adapterhub": ("classes", "act_fn"),
+        "adapterhub": ("act_fn",),
     }[found]
     for name in unused:
         if getattr(options, name) is not None:

@@ -7,8 +7,9 @@ A unit is h + P^T (f(W h + b) - P h), the last term without where ``subtract_pro
 learned_source.weight W, learned_source.bias b and projection.weight P [r, d], or that one's orthogonal parametrization
 (:mod:`reft_kernels.torch_orthogonal`). Tied there is one unit a layer, else unit 0 for the prefix and 1 for the suffix.
 
-``adapters`` 1.3.0 does not write ``subtract_projection``: its DiReFT, read back, is a NoReFT. It does take the key from
-a file, and :func:`save_adapter` writes it.
+``adapters`` 1.3.0 neither writes ``subtract_projection`` nor takes it from a file, so that it reads its own DiReFT as a
+NoReFT; the adapter has to be added with ``DiReftConfig`` before its weights are loaded. :func:`save_adapter` writes the
+key for :func:`read_adapter`.
 
 Where a sequence has fewer than twice as many tokens as a prefix or suffix, ``adapters`` edits more of them than this
 library, which gives each end at most half of the tokens, as pyreft does.
@@ -19,6 +20,7 @@ Source: adapters/methods/reft.py, adapters/loading.py and adapters/configuration
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,6 +260,8 @@ def save_adapter(
         folder, description, interventions, check: see :func:`reft_kernels.checkpoint.save_adapter`.
         model: the base model.
 
+    Warns that ``adapters`` takes a DiReFT (NodireftIntervention) for a NoReFT unless it is added as one first.
+
     Raises:
         FileExistsError: ``folder`` holds anything but an adapter.
         ValueError: naming the intervention that AdapterHub has no counterpart of: one of another class, or with a c,
@@ -314,6 +318,13 @@ def save_adapter(
         for name, value in _unit_state(module).items()
     }
 
+    if not first.subtract:
+        warnings.warn(
+            "load_adapter of adapters takes this DiReFT for a NoReFT: there, add an adapter with DiReftConfig first, "
+            f"add_adapter({_NAME!r}, config=DiReftConfig(...)); load_adapter(folder)",
+            stacklevel=4,
+        )
+
     def write(fresh: Path) -> None:
         write_pickle(fresh / WEIGHTS_FILE, tensors)
         write_json(fresh / CONFIG_FILE, document)
@@ -324,9 +335,10 @@ def save_adapter(
 def _check_unit(entry: Mapping[str, Any], module: nn.Module) -> tuple[int, int]:
     """(prefix, suffix) of an intervention that AdapterHub has too."""
     key = entry["key"]
-    if type(module) not in _CLASSES.values():
-        kinds = ", ".join(kind.__name__ for kind in _CLASSES.values())
-        raise ValueError(f"{key}: AdapterHub has {kinds}, but no {type(module).__name__}")
+    kinds = (LoreftIntervention, NoreftIntervention, NodireftIntervention)
+    if type(module) not in kinds:
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{key}: AdapterHub has {names}, but no {type(module).__name__}")
     assert isinstance(module, Intervention)
     if module.has_c and module.add_bias:
         raise ValueError(f"{key}: AdapterHub's NoReFT has no bias c (add_bias)")
