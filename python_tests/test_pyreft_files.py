@@ -81,6 +81,29 @@ def test_the_activation_is_the_callers_to_say(tmp_path: Path) -> None:
         ReftModel.load(tmp_path / "a", tiny_model("llama"), act_fn="cosine")
 
 
+def test_the_positions_are_the_callers_to_say(tmp_path: Path) -> None:
+    """Untied, pyreft lists every place twice: those of the prefix first."""
+    layers = [(layer, "block_output") for layer in range(3)]
+    batch = random_batch([8, 6])
+    for tied, places in ((True, layers), (False, layers * 2)):
+        write_folder(tmp_path / str(tied), places, "LoreftIntervention")
+        loaded = ReftModel.load(tmp_path / str(tied), tiny_model("llama"), positions="f2+l1")
+        found = [item.positions for item in loaded.representations]
+        assert found == (["f2+l1"] * 3 if tied else ["f2"] * 3 + ["l1"] * 3)
+        ends = [[[0, 1], [0, 1]]] * 3 + [[[7, 7], [5, 5]]] * 3
+        where = [[[0, 1, 7], [0, 1, 5]]] * 3 if tied else ends
+        everywhere = ReftModel.load(tmp_path / str(tied), tiny_model("llama"))
+        with torch.no_grad():
+            expected = everywhere(batch, unit_locations={"sources->base": (None, where)})[1].logits
+        torch.testing.assert_close(logits(loaded, batch), expected, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**batch, positions="f2+l1").logits, expected, rtol=0, atol=1e-5)
+    one_end = ReftModel.load(tmp_path / "False", tiny_model("llama"), positions="l2")
+    assert {item.positions for item in one_end.representations} == {"l2"}
+    with pytest.raises(ValueError, match="positions"):
+        ReftModel.load(tmp_path / "True", tiny_model("llama"), positions="x3")
+
+
 @pytest.mark.parametrize(
     ("package", "saved_as", "name"),
     [
@@ -256,6 +279,8 @@ def test_a_sidecar_of_another_adapter(tmp_path: Path) -> None:
     make(act_fn="relu").save(tmp_path / "a", format="pyreft")
     with pytest.raises(ValueError, match=r"act_fn: .*reft_kernels.json says relu, the argument is 'tanh'"):
         ReftModel.load(tmp_path / "a", tiny_model("llama"), act_fn="tanh")
+    with pytest.raises(ValueError, match=r"positions: .*reft_kernels.json says f2, l1, the argument is 'f7'"):
+        ReftModel.load(tmp_path / "a", tiny_model("llama"), positions="f7")
     (tmp_path / "a" / "config.json").unlink()
     write_folder(tmp_path / "a", [(1, "block_output")], "LoreftIntervention")  # as pyreft saves into an old folder
     with pytest.raises(ValueError, match=r"reft_kernels.json is of another adapter than the config.json beside it"):

@@ -183,6 +183,6 @@ def test_an_unknown_format(tmp_path: Path) -> None:
 
 def test_arguments_that_the_folder_answers_itself(tmp_path: Path) -> None:
     make().save(tmp_path / "a")
-    for name, value in (("act_fn", "relu"), ("method", "noreft"), ("orthogonality", "none")):
+    for name, value in (("act_fn", "relu"), ("method", "noreft"), ("orthogonality", "none"), ("positions", "f1")):
         with pytest.raises(ValueError, match=f"{name}: .* says it itself, got '{value}'"):
             ReftModel.load(tmp_path / "a", tiny_model("llama"), **{name: value})

@@ -401,6 +401,7 @@ class ReftModel(nn.Module):
         act_fn: str | None = None,
         method: str | None = None,
         orthogonality: str | None = None,
+        positions: str | None = None,
     ) -> ReftModel:
         """A ReftModel in eval mode with the adapter of a folder; the base model is frozen, as by get_reft_model.
 
@@ -416,11 +417,13 @@ class ReftModel(nn.Module):
             method: "noreft" or "nodireft", of an adapter that AdapterHub saved without saying which.
             orthogonality: how R of an adapter of pyreft or AdapterHub shall be kept (None: "householder"); "none" takes
                 one whose rows are not orthonormal.
+            positions: "f7+l7" and the like, of an adapter that pyreft saved without (None: every token). Where the
+                second half of its interventions has the places of the first they are untied, prefix and suffix.
 
         Raises FileNotFoundError or ValueError naming file and key.
         """
         folder = hub.local_folder(load_directory, local_directory, from_huggingface_hub)
-        options = model_files.ReadOptions(classes, act_fn, method, orthogonality)
+        options = model_files.ReadOptions(classes, act_fn, method, orthogonality, positions)
         saved = model_files.read_adapter(folder, model, options)
         model_files.check_base(folder, saved, model)
         base_tensors = model_files.read_base_tensors(folder, model) if include_model else {}

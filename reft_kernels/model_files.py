@@ -33,6 +33,7 @@ class ReadOptions(NamedTuple):
     act_fn: str | None = None
     method: str | None = None
     orthogonality: str | None = None
+    positions: str | None = None
 
 
 def find_format(folder: Path) -> str:
@@ -125,9 +126,9 @@ def read_adapter(folder: Path, model: nn.Module, options: ReadOptions) -> checkp
             "make the model with get_reft_model and use its load_intervention"
         )
     unused = {
-        "reft_kernels": ("act_fn", "method", "orthogonality"),
+        "reft_kernels": ("act_fn", "method", "orthogonality", "positions"),
         "pyreft": ("method",),
-        "adapterhub": ("act_fn",),
+        "adapterhub": ("act_fn", "positions"),
     }[found]
     for name in unused:
         if getattr(options, name) is not None:
@@ -135,7 +136,9 @@ def read_adapter(folder: Path, model: nn.Module, options: ReadOptions) -> checkp
     if found == "reft_kernels":
         return checkpoint.read_adapter(folder, options.classes)
     if found == "pyreft":
-        return pyreft_files.read_adapter(folder, options.classes, options.act_fn, options.orthogonality)
+        return pyreft_files.read_adapter(
+            folder, options.classes, options.act_fn, options.orthogonality, options.positions
+        )
     return adapterhub.read_adapter(folder, model, options.method, options.orthogonality)
 
 

@@ -100,6 +100,14 @@ def _check_shapes(operands: Operands, sizes: Mapping[str, int]) -> None:
             raise ValueError(f"the {what} differs: {', '.join(f'{v} of {name}' for name, v in numbers.items())}")
 
 
+def without_base(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same state dict with R itself, in float64, instead of its parametrization and the d x d base."""
+    if ORIGINAL not in state:
+        return dict(state)
+    rest = {name: value for name, value in state.items() if name not in (ORIGINAL, BASE)}
+    return {**rest, "rotate_layer": parametrized_matrix(state[ORIGINAL], state.get(BASE))}
+
+
 def write_state(operands: Operands, *, orthonormal: bool, subtract: bool, add_bias: bool = False) -> dict[str, Tensor]:
     """The state dict that pyreft's own class loads, with the R, W, b and c of the operands bit for bit.
 

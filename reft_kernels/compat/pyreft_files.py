@@ -34,7 +34,8 @@ from reft_kernels.checkpoint import (
 )
 from reft_kernels.folders import replace_files, replace_folder
 from reft_kernels.interventions import INTERVENTIONS, Intervention, NodireftIntervention
-from reft_kernels.pyreft_layout import Operands, read_operands, write_state
+from reft_kernels.positions import parse_positions
+from reft_kernels.pyreft_layout import Operands, read_operands, without_base, write_state
 from reft_kernels.tensor_files import read_json, read_pickle, write_json, write_pickle
 
 CONFIG_FILE = "config.json"
@@ -81,6 +82,7 @@ def read_adapter(
     classes: Mapping[str, type[nn.Module]] | None = None,
     act_fn: str | None = None,
     orthogonality: str | None = None,
+    positions: str | None = None,
 ) -> SavedAdapter:
     """The adapter of a folder that pyreft's ``ReftModel.save`` wrote, or this library's with format="pyreft".
 
@@ -90,14 +92,18 @@ def read_adapter(
             ``low_rank_dimension``. No code is taken from the folder.
         act_fn: f, which pyreft's files do not hold (None: linear).
         orthogonality: how rows shall be kept orthonormal (None: as saved, "householder" where that is not known).
+        positions: "f7+l7" and the like, which pyreft's files do not hold either (None: every token). Where the second
+            half of the interventions has the places of the first, the first half takes the prefix and the second the
+            suffix, as in pyreft.
 
     Returns:
-        Where the folder does not say, positions are None (every token) and dropout is 0.
+        Dropout is 0 where the folder does not say.
 
     Raises:
         FileNotFoundError: an intervention has no file.
         ValueError: naming file and key: a class that is not known, a representation of another kind, weights that do
-            not fit, a file that is damaged or holds more than tensors, an ``act_fn`` that the folder contradicts.
+            not fit, a file that is damaged or holds more than tensors, an ``act_fn`` or ``positions`` that the folder
+            contradicts.
     """
     path, known = folder / CONFIG_FILE, {**INTERVENTIONS, **(classes or {})}
     entries = read_entries(folder, classes)
@@ -105,9 +111,11 @@ def read_adapter(
     described = bool(document["representations"])
     if described:
         path, entries = folder / SIDECAR_FILE, document["representations"]
-        _check_act_fn(path, entries, act_fn)
+        _check_given(path, entries, act_fn, positions)
+    elif positions is not None:
+        document = {**document, "config": {**LISTED_CONFIG, "tied": _place(entries, positions)}}
     files = {entry["key"]: find_weights(folder, entry) for entry in entries if entry["same_as"] is None}
-    states = {key: read_pickle(file) for key, file in files.items()}
+    states = {key: _read_state(file) for key, file in files.items()}
     for entry in entries:
         key, kind = entry["same_as"] or entry["key"], known.get(entry["intervention"])
         if kind is None or not issubclass(kind, Intervention):
@@ -222,7 +230,16 @@ def read_states(folder: Path, entries: Sequence[Mapping[str, Any]]) -> dict[str,
     others = {path.name for path in folder.glob(_WEIGHTS)} - {path.name for path in files.values()}
     if others and not is_adapter(folder):
         raise ValueError(f"{folder} is of another adapter: {min(others)} belongs to no intervention of this model")
-    return {key: (path, read_pickle(path)) for key, path in files.items()}
+    return {key: (path, _read_state(path)) for key, path in files.items()}
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """One at a time without its d x d base: those of a model's interventions are gigabytes."""
+    state = read_pickle(path)
+    try:
+        return without_base(state)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit together: {error}") from error
 
 
 def load_state(path: Path, intervention: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -269,10 +286,27 @@ def read_sidecar(folder: Path, entries: Sequence[Entry]) -> Mapping[str, Any]:
     return document
 
 
-def _check_act_fn(path: Path, entries: Sequence[Entry], act_fn: str | None) -> None:
-    saved = {entry["settings"].get("act_fn") for entry in entries}
-    if act_fn is not None and act_fn not in saved:
-        raise ValueError(f"act_fn: {path} says {', '.join(sorted(map(str, saved)))}, the argument is {act_fn!r}")
+def _check_given(path: Path, entries: Sequence[Entry], act_fn: str | None, positions: str | None) -> None:
+    given = {
+        "act_fn": (act_fn, {entry["settings"].get("act_fn") for entry in entries}),
+        "positions": (positions, {entry["positions"] for entry in entries}),
+    }
+    for name, (value, saved) in given.items():
+        if value is not None and value not in saved:
+            raise ValueError(f"{name}: {path} says {', '.join(sorted(map(str, saved)))}, the argument is {value!r}")
+
+
+def _place(entries: Sequence[Entry], positions: str) -> bool:
+    """Gives the entries their positions. Returns whether prefix and suffix are tied."""
+    span, half = parse_positions(positions), len(entries) // 2
+    places = [(entry["layer"], entry["component"]) for entry in entries]
+    if span is None or 0 in span or places[:half] != places[half:]:
+        for entry in entries:
+            entry["positions"] = positions
+        return True
+    for index, entry in enumerate(entries):
+        entry["positions"] = f"f{span[0]}" if index < half else f"l{span[1]}"
+    return False
 
 
 def save_adapter(
