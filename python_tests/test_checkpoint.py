@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import WIDTH, random_batch, tiny_model
 from torch import Tensor, nn
 
-from reft_kernels import checkpoint
+from reft_kernels import checkpoint, folders
 from reft_kernels.config import ReftConfig, Representation
 from reft_kernels.interventions import METHODS, LoreftIntervention
 from reft_kernels.model import ReftModel, get_reft_model
@@ -137,7 +137,7 @@ def test_an_adapter_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     assert file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("fails", ["serialize", "_flush", "_replace", "second rename"])
+@pytest.mark.parametrize("fails", ["write_safetensors", "_flush", "_replace", "second rename"])
 def test_a_save_that_fails_changes_nothing(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reft_model = make()
     batch = random_batch([6])
@@ -147,9 +147,9 @@ def test_a_save_that_fails_changes_nothing(fails: str, tmp_path: Path, monkeypat
     strengthen(reft_model.interventions)
     with monkeypatch.context() as patch:
         if fails == "second rename":
-            patch.setattr(checkpoint, "_exchange", lambda one, other: False)
+            patch.setattr(folders, "_exchange", lambda one, other: False)
             renames: list[Any] = []
-            replace = checkpoint.os.replace
+            replace = folders.os.replace
 
             def rename(one: Any, other: Any) -> None:
                 renames.append(one)
@@ -157,13 +157,13 @@ def test_a_save_that_fails_changes_nothing(fails: str, tmp_path: Path, monkeypat
                     raise OSError("no space left")
                 replace(one, other)
 
-            patch.setattr(checkpoint.os, "replace", rename)
+            patch.setattr(folders.os, "replace", rename)
         else:
 
             def fail(*_: Any, **__: Any) -> None:
                 raise OSError("no space left")
 
-            patch.setattr(checkpoint, fails, fail)
+            patch.setattr(checkpoint if fails == "write_safetensors" else folders, fails, fail)
         with pytest.raises(OSError, match="no space left"):
             reft_model.save(folder)
         if fails != "second rename":
@@ -174,7 +174,7 @@ def test_a_save_that_fails_changes_nothing(fails: str, tmp_path: Path, monkeypat
 
 
 def test_folders_are_swapped_without_the_systems_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
     reft_model = make()
     for _ in range(2):
         strengthen(reft_model.interventions)
@@ -188,15 +188,15 @@ _KILLED = """
 import os, sys
 import torch
 from torch import nn
-from reft_kernels import checkpoint
-flush = checkpoint._flush
+from reft_kernels import checkpoint, folders
+flush = folders._flush
 flushed = []
 def stop(path):
     flush(path)
     flushed.append(path)
     if len(flushed) == int(sys.argv[2]):
         os._exit(9)
-checkpoint._flush = stop
+folders._flush = stop
 from reft_kernels.interventions import LoreftIntervention
 torch.manual_seed(1)
 checkpoint.save_adapter(sys.argv[1], {"base_model": {}, "config": {}, "representations": []},

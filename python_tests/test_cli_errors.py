@@ -224,7 +224,7 @@ def test_a_full_disk_ends_a_run_with_one_sentence(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reft_kernels.model.checkpoint.save_adapter", full)
+    monkeypatch.setattr("reft_kernels.checkpoint.save_adapter", full)
     assert main(given.argv()) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in Path(given.options["output"]).iterdir()] == ["train_log.json"]

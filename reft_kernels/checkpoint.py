@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import secrets
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from reft_kernels.config import Representation
+from reft_kernels.folders import replace_folder
 from reft_kernels.interventions import INTERVENTIONS, read_dtype
+from reft_kernels.tensor_files import read_json, read_safetensors, write_json, write_safetensors
 
 CONFIG_FILE = "reft_config.json"
 ADAPTER_FILE = "adapter.safetensors"
@@ -26,7 +22,18 @@ FORMAT = "reft_kernels"
 FORMAT_VERSION = 1
 
 _FILES = {CONFIG_FILE, ADAPTER_FILE, BASE_FILE}
-_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
+
+
+class SavedAdapter(NamedTuple):
+    """An adapter as a folder holds it, whoever wrote the folder.
+
+    Attributes:
+        document: what :func:`read_description` returns: ``base_model``, ``config`` and ``representations``.
+        interventions: one for each representation, on the CPU.
+    """
+
+    document: Mapping[str, Any]
+    interventions: list[nn.Module]
 
 
 def describe_representation(key: str, representation: Representation, intervention: nn.Module) -> dict[str, Any]:
@@ -49,113 +56,65 @@ def save_adapter(
     description: Mapping[str, Any],
     interventions: Mapping[str, nn.Module],
     base_tensors: Mapping[str, Tensor] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write an adapter folder: all of it or nothing.
-
-    The files are written to a temporary folder beside ``folder``, flushed to the disk and moved into its place. An
-    adapter that is there already is replaced as a whole.
+    """Write an adapter folder: all of it or nothing, see :func:`reft_kernels.folders.replace_folder`.
 
     Args:
         folder: new, empty, or an adapter of ours; parents are made and links followed.
         description: of the base model, the config and the representations.
         interventions: by key; representations that share one name it once.
         base_tensors: the base model's own trained parameters, where they are saved too.
+        check: raises where the files of a folder must not be replaced; by default where they are no adapter of ours.
 
     Raises:
         FileExistsError: ``folder`` holds anything else.
         TypeError: the state of an intervention is not all tensors.
     """
-    target = Path(os.path.realpath(folder))
-    _check_replaceable(target)
     tensors = {}
     for key, intervention in interventions.items():
-        for name, value in intervention.state_dict().items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{key}: cannot save {name!r}, a {type(value).__name__}: only tensors are saved")
+        for name, value in tensors_of(key, intervention).items():
             tensors[f"{key}.{name}"] = value
-    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **description}
-    text = json.dumps(document, indent=2) + "\n"
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Not mkdtemp, which keeps everybody else out: an adapter is as readable as any new folder.
-    fresh = target.parent / f".{target.name}.{secrets.token_hex(8)}.saving"
-    fresh.mkdir()
-    try:
-        _write_tensors(fresh / ADAPTER_FILE, tensors)
+    def write(fresh: Path) -> None:
+        write_safetensors(fresh / ADAPTER_FILE, tensors)
         if base_tensors is not None:
-            _write_tensors(fresh / BASE_FILE, base_tensors)
-        (fresh / CONFIG_FILE).write_text(text, encoding="utf-8")
-        for path in (*fresh.iterdir(), fresh):
-            _flush(path)
-        _replace(fresh, target)
-        _flush(target.parent)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+            write_safetensors(fresh / BASE_FILE, base_tensors)
+        write_json(fresh / CONFIG_FILE, stamped(description))
+
+    replace_folder(folder, write, check or check_replaceable)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Copies: safetensors refuses tensors that share memory.
-    copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    # Written here, not by save_file, which makes files that nobody else may read.
-    path.write_bytes(serialize(copies, metadata={"format": "pt"}))
+def stamped(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The description with the name and version of this format."""
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, **description}
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def tensors_of(key: str, intervention: nn.Module) -> dict[str, Tensor]:
+    """The state of an intervention. Raises TypeError where it is not all tensors."""
+    state = dict(intervention.state_dict())
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{key}: cannot save {name!r}, a {type(value).__name__}: only tensors are saved")
+    return state
 
 
-def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"cannot save to {target}: it exists and is not a folder")
-    names = {path.name for path in target.iterdir()}
-    if not names:
-        return
-    if names - _FILES:
-        raise FileExistsError(
-            f"cannot save to {target}: it holds files that are not an adapter's "
-            f"({', '.join(sorted(names - _FILES)[:5])}); save to a new folder"
-        )
+def check_replaceable(target: Path) -> None:
+    """Raises FileExistsError where a folder holds anything but an adapter of ours."""
+    refuse_other_files(target, {path.name for path in target.iterdir()} - _FILES)
     try:
         read_description(target)
     except (ValueError, OSError) as error:
         raise FileExistsError(f"cannot save to {target}: what it holds is no adapter of ours ({error})") from error
 
 
-def _replace(fresh: Path, target: Path) -> None:
-    """Put the fresh folder in the target's place, leaving what was there in the fresh one's.
-
-    One step where the system can swap folders. Elsewhere two renames, undone if the second fails; a process killed
-    between them leaves both folders beside the target under names of their own.
-    """
-    if not target.exists() or not any(target.iterdir()):
-        os.replace(fresh, target)
-        return
-    if _exchange(fresh, target):
-        return
-    old = fresh.with_name(fresh.name + ".old")
-    os.replace(target, old)
-    try:
-        os.replace(fresh, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, where the system can."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    here = -100  # AT_FDCWD
-    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), _EXCHANGE) == 0)
+def refuse_other_files(target: Path, others: set[str]) -> None:
+    """Raises FileExistsError naming the files of a folder that are not an adapter's, where there are any."""
+    if others:
+        raise FileExistsError(
+            f"cannot save to {target}: it holds files that are not an adapter's "
+            f"({', '.join(sorted(others)[:5])}); save to a new folder"
+        )
 
 
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -166,18 +125,20 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no adapter folder: there is no {CONFIG_FILE}")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON (cut off?): {error}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    return read_document(path)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The JSON file that ``stamped`` made. Raises ValueError, naming file and key, where it is not as written."""
+    document = read_json(path)
+    if document.get("format") != FORMAT:
         raise ValueError(f'{path} was not written by {FORMAT}: it lacks "format": "{FORMAT}"')
     if document.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {document.get('format_version')!r}, this version reads {FORMAT_VERSION}"
         )
     _require(path, document, "", {"base_model": dict, "config": dict, "representations": list})
-    _require(path, document["config"], "config.", dict.fromkeys(_CONFIG_KEYS, object))
+    _require(path, document["config"], "config.", dict.fromkeys(LISTED_CONFIG, object))
     for index, entry in enumerate(document["representations"]):
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: representations[{index}] must be an object, got {type(entry).__name__}")
@@ -197,9 +158,11 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return document
 
 
-_CONFIG_KEYS = (
-    "method", "layers", "rank", "positions", "tied", "component", "dropout", "act_fn", "add_bias", "dtype",
-)  # fmt: skip
+LISTED_CONFIG: Mapping[str, Any] = {
+    "method": None, "layers": None, "rank": None, "positions": None, "tied": True, "component": "block_output",
+    "dropout": 0.0, "act_fn": None, "add_bias": False, "dtype": None,
+}  # fmt: skip
+"""``config`` of an adapter whose representations and interventions say everything."""
 
 
 def _require(path: Path, part: Mapping[str, Any], prefix: str, fields: Mapping[str, type]) -> None:
@@ -210,49 +173,74 @@ def _require(path: Path, part: Mapping[str, Any], prefix: str, fields: Mapping[s
             raise ValueError(f"{path}: {prefix}{name} must be a {kind.__name__}, got {type(part[name]).__name__}")
 
 
+def read_adapter(folder: str | os.PathLike[str], classes: Mapping[str, type[nn.Module]] | None = None) -> SavedAdapter:
+    """The adapter of a folder that :func:`save_adapter` wrote.
+
+    Args:
+        folder: the folder.
+        classes: own intervention classes, see :func:`build_interventions`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: naming file and key, for an unknown class, a truncated file, a missing or left-over key, a wrong
+            shape or dtype.
+    """
+    document = read_description(folder)
+    path = Path(folder) / ADAPTER_FILE
+    tensors = read_safetensors(path)
+
+    def fill(key: str, intervention: nn.Module) -> None:
+        prefix = f"{key}."
+        state = {full[len(prefix) :]: tensors.pop(full) for full in list(tensors) if full.startswith(prefix)}
+        _load_state(path, key, intervention, state)
+
+    found = build_interventions(Path(folder) / CONFIG_FILE, document["representations"], fill, classes)
+    if tensors:
+        raise ValueError(f"{path}: the key {min(tensors)} belongs to no representation of {CONFIG_FILE}")
+    return SavedAdapter(document, found)
+
+
 def build_interventions(
-    folder: str | os.PathLike[str],
-    document: Mapping[str, Any],
+    place: Path,
+    representations: Sequence[Mapping[str, Any]],
+    fill: Callable[[str, nn.Module], None],
     classes: Mapping[str, type[nn.Module]] | None = None,
 ) -> list[nn.Module]:
-    """The interventions of a description, with the weights of the folder, on the CPU.
+    """The interventions of a description, on the CPU.
 
     Classes are looked up by name among the library's and those of ``classes``, never imported by a string of the file.
 
-    Raises ValueError naming file and key for an unknown class, a truncated file, a missing or left-over key, a
-    wrong shape or dtype.
+    Args:
+        place: the file of the description, for messages.
+        representations: its entries.
+        fill: puts the weights into the intervention of a key.
+        classes: own intervention classes, by name.
+
+    Raises ValueError naming the file and the key for an unknown class or settings that it does not take.
     """
-    config_path, path = Path(folder) / CONFIG_FILE, Path(folder) / ADAPTER_FILE
     known: dict[str, type[nn.Module]] = {**INTERVENTIONS, **(classes or {})}
-    tensors = read_tensors(path)
     built: dict[str, nn.Module] = {}
     found = []
-    for index, entry in enumerate(document["representations"]):
+    for index, entry in enumerate(representations):
         key, shared = entry["key"], entry["same_as"]
         if shared is not None:
             if shared not in built:
-                raise ValueError(
-                    f"{config_path}: representations[{index}].same_as names {shared!r}, which is not above it"
-                )
+                raise ValueError(f"{place}: representations[{index}].same_as names {shared!r}, which is not above it")
             found.append(built[shared])
             continue
         name = entry["intervention"]
         if name not in known:
             raise ValueError(
-                f"{config_path}: {key} is a {name}, which is none of {sorted(known)}; pass the class of an own "
+                f"{place}: {key} is a {name}, which is none of {sorted(known)}; pass the class of an own "
                 f"intervention as classes={{{name!r}: ...}}"
             )
         try:
             intervention = known[name](**_with_dtype(entry["settings"]))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{config_path}: cannot make the {name} of {key} from its settings: {error}") from error
-        prefix = f"{key}."
-        state = {full[len(prefix) :]: tensors.pop(full) for full in list(tensors) if full.startswith(prefix)}
-        _load_state(path, key, intervention, state)
+            raise ValueError(f"{place}: cannot make the {name} of {key} from its settings: {error}") from error
+        fill(key, intervention)
         built[key] = intervention
         found.append(intervention)
-    if tensors:
-        raise ValueError(f"{path}: the key {min(tensors)} belongs to no representation of {CONFIG_FILE}")
     return found
 
 
@@ -278,30 +266,26 @@ def _load_state(path: Path, key: str, intervention: nn.Module, state: dict[str, 
     intervention.load_state_dict(state, assign=True)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises FileNotFoundError where it is missing and ValueError where it is cut off or of another kind.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
-
-
-def load_base_tensors(folder: str | os.PathLike[str], model: nn.Module) -> None:
-    """Put the base model's own saved parameters into it. Raises ValueError naming the first that does not fit."""
-    path = Path(folder) / BASE_FILE
+def check_base_tensors(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The base model's own saved parameters. Raises ValueError naming the first that does not fit the model."""
     parameters = dict(model.named_parameters())
-    tensors = read_tensors(path)
     for name, value in tensors.items():
         if name not in parameters:
             raise ValueError(f"{path}: {type(model).__name__} has no parameter {name}")
         if parameters[name].shape != value.shape:
             raise ValueError(f"{path}: {name} must be {list(parameters[name].shape)}, got {list(value.shape)}")
-    with torch.no_grad():
-        for name, value in tensors.items():
-            parameters[name].copy_(value)
+    return dict(tensors)
+
+
+@torch.no_grad()
+def put_base_tensors(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Copies parameters that fit into the base model."""
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameters[name].copy_(value)
+
+
+def load_base_tensors(folder: str | os.PathLike[str], model: nn.Module) -> None:
+    """Put the base model's own saved parameters into it. Raises ValueError naming the first that does not fit."""
+    path = Path(folder) / BASE_FILE
+    put_base_tensors(check_base_tensors(path, read_safetensors(path), model), model)

@@ -27,6 +27,7 @@ from reft_kernels.activations import find_activation
 from reft_kernels.complement import ComplementRows
 from reft_kernels.functional import edit
 from reft_kernels.problem import wide_default_dtype
+from reft_kernels.pyreft_layout import FREE_KEYS, ORTHONORMAL_KEYS, PYREFT_ONLY, read_operands
 from reft_kernels.pyvene_kin import adopt
 from reft_kernels.reference import ACTIVATIONS
 from reft_kernels.rotate_layer import LowRankRotateLayer as LowRankRotateLayer
@@ -230,6 +231,48 @@ class Intervention(nn.Module):
         """Checks pyvene's width of an intervention. Raises ValueError where it is not embed_dim."""
         if int(interchange_dim) != self.embed_dim:
             raise ValueError(f"interchange_dim: expected embed_dim={self.embed_dim}, got {int(interchange_dim)}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes pyreft's state dict of the class (:mod:`reft_kernels.pyreft_layout`) as well as this module's own.
+
+        Raises ValueError where its rank, its width or the rows of its R are not this module's; nothing of this module
+        has changed then.
+        """
+        own = {*self._parameters, *self._buffers}
+        keys = (ORTHONORMAL_KEYS if self.orthonormal else FREE_KEYS) - own
+        theirs = {name for name in keys if prefix + name in state_dict}
+        if not theirs.isdisjoint(PYREFT_ONLY if self.has_c else PYREFT_ONLY | {"proj_layer.bias"}):
+            translated = self._translated({name: state_dict[prefix + name] for name in theirs})
+            for name in theirs:
+                del state_dict[prefix + name]
+            state_dict.update({prefix + name: value for name, value in translated.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _translated(self, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of pyreft in this module's own names."""
+        kind, (d, r) = type(self).__name__, (self.embed_dim, self.low_rank_dimension)
+        try:
+            R, W, b, c = read_operands(theirs)
+        except ValueError as error:
+            raise ValueError(f"{kind}: pyreft's state dict does not fit together: {error}") from error
+        shape = next((t.shape for t in (R, W) if t is not None), None)
+        if shape is not None and shape != (r, d):
+            raise ValueError(
+                f"{kind}: the state dict has low_rank_dimension={shape[0]} and embed_dim={shape[1]}, this module has "
+                f"low_rank_dimension={r} and embed_dim={d}"
+            )
+        found = {"learned_source.weight": W, "learned_source.bias": b}
+        if self.has_c:
+            found["proj_layer.bias"] = c
+        if R is not None and self.orthonormal:
+            try:
+                state = self.rotate_layer.state_of(R)
+            except ValueError as error:
+                raise ValueError(f"{kind}: {error}") from error
+            found |= {f"rotate_layer.{name}": value for name, value in state.items()}
+        else:
+            found["proj_layer.weight"] = R
+        return {name: value for name, value in found.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, in types that JSON has."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reft_kernels import checkpoint
+from reft_kernels import checkpoint, hub, model_files
 from reft_kernels.complement import ComplementRows
 from reft_kernels.config import ReftConfig, Representation
 from reft_kernels.hooks import CallHook, InputHook, OutputHook, is_fusable
@@ -27,7 +27,6 @@ from reft_kernels.modules import (
     hidden_size,
     inner_model,
     module_device,
-    text_config,
 )
 from reft_kernels.orthogonal import OrthonormalRows, shared_rows
 from reft_kernels.plan import Plan, activated
@@ -412,144 +411,108 @@ class ReftModel(PyveneMethods):
 
     # On disk
 
-    def save(self, save_directory: str | os.PathLike[str], include_model: bool = False) -> None:
+    def save(
+        self,
+        save_directory: str | os.PathLike[str],
+        save_to_hf_hub: bool = False,
+        hf_repo_name: str = "my-awesome-model",
+        include_model: bool = False,
+        format: str = "reft_kernels",
+    ) -> None:
         """Write the adapter to a folder, whole or not at all; an adapter that is there is replaced.
 
         Args:
             save_directory: a new or empty folder, or an adapter's.
+            save_to_hf_hub: also put the folder into the repository ``hf_repo_name`` of the hub, as one commit.
             include_model: also save the base model's trainable parameters (a classifier head, LoRA).
+            format: "reft_kernels", safetensors and JSON with every setting and the exact state; "pyreft", which pyreft
+                loads; or "adapterhub", for AdapterHub's ``adapters``. ``load`` reads them all.
 
-        Raises FileExistsError where the folder holds anything else.
+        Raises:
+            FileExistsError: the folder holds anything else.
+            ValueError: an unknown format, or edits that AdapterHub does not have.
         """
-        entries: list[dict[str, Any]] = []
-        modules: dict[str, nn.Module] = {}
-        first: dict[int, str] = {}
-        for key, item in zip(self.keys, self.representations, strict=True):
-            module = self.interventions[key]
-            entry = checkpoint.describe_representation(key, item, module)
-            if id(module) in first:
-                entry["same_as"] = first[id(module)]
-            else:
-                first[id(module)], modules[key] = key, module
-            entries.append(entry)
-        base_tensors = None
-        if include_model:
-            base_tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        description = {
-            "base_model": self._describe_base(),
-            "config": self.config.to_dict(),
-            "representations": entries,
-        }
-        checkpoint.save_adapter(save_directory, description, modules, base_tensors)
-
-    def _describe_base(self) -> dict[str, Any]:
-        config = text_config(self.model)
-        return {
-            "name_or_path": getattr(config, "_name_or_path", None) or None,
-            "class": type(inner_model(self.model)).__name__,
-            "model_type": getattr(config, "model_type", None),
-            "hidden_size": hidden_size(self.model),
-            "num_hidden_layers": getattr(config, "num_hidden_layers", None),
-        }
+        model_files.save(self, Path(save_directory), include_model, format)
+        if save_to_hf_hub:
+            hub.upload_folder(save_directory, hf_repo_name)
 
     @classmethod
     def load(
         cls,
         load_directory: str | os.PathLike[str],
         model: nn.Module,
+        local_directory: str | os.PathLike[str] | None = None,
+        from_huggingface_hub: bool = False,
         include_model: bool = False,
         classes: Mapping[str, type[nn.Module]] | None = None,
+        *,
+        act_fn: str | None = None,
+        method: str | None = None,
+        orthogonality: str | None = None,
+        positions: str | None = None,
     ) -> ReftModel:
         """A ReftModel in eval mode with the adapter of a folder; the base model is frozen, as by get_reft_model.
 
         Args:
-            load_directory: a folder that ``save`` wrote.
+            load_directory: a folder that ``save``, pyreft's ReftModel.save or AdapterHub's save_adapter wrote; or a
+                repository of the hub with such files.
             model: the base model.
+            local_directory: where to put the files of a repository (None: into the hub's own cache).
+            from_huggingface_hub: ``load_directory`` is a repository, although there is a folder of that name.
             include_model: also put the saved parameters of the base model into it.
             classes: own intervention classes of the adapter, by name. No code is taken from the folder.
+            act_fn: f of an adapter that pyreft saved, whose files do not say it (None: linear).
+            method: "noreft" or "nodireft", of an adapter that AdapterHub saved without saying which.
+            orthogonality: how R of an adapter of pyreft or AdapterHub shall be kept (None: "householder"); "none" takes
+                one whose rows are not orthonormal.
+            positions: "f7+l7" and the like, of an adapter that pyreft saved without (None: every token). Where the
+                second half of its interventions has the places of the first they are untied, prefix and suffix.
 
         Raises FileNotFoundError or ValueError naming file and key.
         """
-        document = checkpoint.read_description(load_directory)
-        saved, size = document["base_model"], hidden_size(model)
-        if None not in (size, saved.get("hidden_size")) and saved["hidden_size"] != size:
-            raise ValueError(
-                f"the adapter in {load_directory} was made for a base model of hidden size {saved['hidden_size']} "
-                f"({saved.get('name_or_path') or saved.get('class')}), {type(model).__name__} has {size}"
-            )
-        kind = getattr(text_config(model), "model_type", None)
-        if None not in (kind, saved.get("model_type")) and saved["model_type"] != kind:
-            warnings.warn(
-                f"the adapter in {load_directory} was made for a {saved['model_type']} model, this one is a {kind}",
-                stacklevel=2,
-            )
-        modules = checkpoint.build_interventions(load_directory, document, classes)
+        folder = hub.local_folder(load_directory, local_directory, from_huggingface_hub)
+        options = model_files.ReadOptions(classes, act_fn, method, orthogonality, positions)
+        saved = model_files.read_adapter(folder, model, options)
+        model_files.check_base(folder, saved, model)
+        base_tensors = model_files.read_base_tensors(folder, model) if include_model else {}
         try:
-            representations = [
-                Representation(
-                    layer=entry["layer"],
-                    component=entry["component"],
-                    low_rank_dimension=entry["low_rank_dimension"],
-                    intervention=module,
-                    positions=entry["positions"],
-                )
-                for entry, module in zip(document["representations"], modules, strict=True)
-            ]
-            reft_config = ReftConfig.restore(document["config"], representations)
-            reft_model = get_reft_model(model, reft_config)
+            reft_model = get_reft_model(model, model_files.config_of(saved))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the adapter in {load_directory} does not fit: {error}") from error
-        if include_model:
-            checkpoint.load_base_tensors(load_directory, model)
+            raise ValueError(f"the adapter in {folder} does not fit: {error}") from error
+        checkpoint.put_base_tensors(base_tensors, model)
         return reft_model.eval()
 
     def load_adapter(self, load_directory: str | os.PathLike[str]) -> None:
         """Put the weights of a saved adapter into these interventions, which must be the same ones.
 
+        Args:
+            load_directory: a folder of any kind that ``load`` or ``load_intervention`` reads.
+
         Raises FileNotFoundError or ValueError naming file and key; nothing is loaded then.
         """
-        document = checkpoint.read_description(load_directory)
-        keys = [entry["key"] for entry in document["representations"]]
-        if keys != self.keys:
-            odd = sorted(set(keys) ^ set(self.keys)) or keys
-            raise ValueError(
-                f"the adapter in {load_directory} is another one: {odd[0]} is not in both, or not in order"
-            )
-        own = {type(module).__name__: type(module) for module in self.interventions.values()}
-        modules = checkpoint.build_interventions(load_directory, document, own)
-        for key, loaded in zip(keys, modules, strict=True):
-            mine = self.interventions[key]
-            if type(mine).__name__ != type(loaded).__name__:
-                raise ValueError(
-                    f"the adapter in {load_directory} has a {type(loaded).__name__} at {key}, this model a "
-                    f"{type(mine).__name__}"
-                )
-            _check_same_edit(f"the adapter in {load_directory}: {key}", mine, loaded)
-        for key, loaded in zip(keys, modules, strict=True):
-            _match_orthogonality(f"the adapter in {load_directory}: {key}", loaded, self.interventions[key])
-        for key, loaded in zip(keys, modules, strict=True):
-            self.interventions[key].load_state_dict(loaded.state_dict())
+        model_files.load_adapter(self, Path(load_directory))
 
+    def save_intervention(self, save_directory: str | os.PathLike[str], include_model: bool = True) -> None:
+        """Write the interventions' weights under pyreft's names, and nothing else of the adapter, into a folder.
 
-def _check_same_edit(place: str, mine: nn.Module, loaded: nn.Module) -> None:
-    """Dropout and dtype are how an adapter is trained; the other settings are what it is."""
-    if not (isinstance(mine, Intervention) and isinstance(loaded, Intervention)):
-        return
-    ours, theirs = mine.settings(), loaded.settings()
-    for name in ("embed_dim", "low_rank_dimension", "act_fn", "add_bias", "orthogonal_to"):
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(f"{place} has {name}={theirs.get(name)!r}, this model has {ours.get(name)!r}")
+        Args:
+            save_directory: made where it is missing; other files in it are left alone.
+            include_model: also save the base model's trainable parameters.
+        """
+        model_files.save_weights(self, Path(save_directory), include_model)
 
+    def load_intervention(self, load_directory: str | os.PathLike[str], include_model: bool = True) -> None:
+        """Put saved weights into these interventions, on whatever device they are.
 
-def _match_orthogonality(place: str, loaded: nn.Module, mine: nn.Module) -> None:
-    """Brings a loaded R into the parametrisation of the model's own."""
-    if isinstance(loaded, Intervention) and isinstance(mine, Intervention) and loaded.orthonormal:
-        wanted = mine.rotate_layer.rows.orthogonality
-        if loaded.rotate_layer.rows.orthogonality != wanted:
-            try:
-                loaded.rotate_layer.set_orthogonality(wanted)
-            except ValueError as error:
-                raise ValueError(f"{place} cannot be made {wanted}: {error}") from error
+        Args:
+            load_directory: a folder that ``save_intervention`` or ``save`` of this library or of pyreft wrote, or a
+                checkpoint of pyreft's trainer.
+            include_model: also load the base model's saved parameters; the folder must have them if any parameter of
+                the base model is trainable.
+
+        Raises FileNotFoundError or ValueError naming file and key; nothing is loaded then.
+        """
+        model_files.load_adapter(self, Path(load_directory), include_model)
 
 
 def _remove(handles: Sequence[Any]) -> None:

@@ -353,12 +353,17 @@ def check_rows(R: Tensor, d: int, r: int) -> None:
         raise ValueError(f"R: expected {[r, d]}, got {list(R.shape)}")
 
 
-def check_orthonormal(R: Tensor) -> None:
-    """Raises ValueError where the rows of R [r, d] are further than 1e-2 from orthonormal."""
+def row_error(R: Tensor) -> float:
+    """The largest entry of |R R^T - I|."""
     wide = R.detach().to("cpu", torch.float64)
-    error = (wide @ wide.T - torch.eye(len(wide), dtype=torch.float64, device="cpu")).abs().max()
+    return float((wide @ wide.T - torch.eye(len(wide), dtype=torch.float64, device="cpu")).abs().max())
+
+
+def check_orthonormal(R: Tensor, advice: str = "") -> None:
+    """Raises ValueError where the rows of R [r, d] are further than 1e-2 from orthonormal; ``advice`` ends it."""
+    error = row_error(R)
     if not error <= 1e-2:
-        raise ValueError(f"R: expected orthonormal rows, got rows with |R R^T - I| = {float(error):.2g}")
+        raise ValueError(f"R: expected orthonormal rows, got rows with |R R^T - I| = {error:.2g}{advice}")
 
 
 def kept_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

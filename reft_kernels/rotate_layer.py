@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reft_kernels.complement import ComplementRows
+from reft_kernels.orthogonal import check_orthonormal, row_error
 from reft_kernels.stiefel import Rows, make_rows, retract_
+
+# |R R^T - I| of rows that were orthonormal when they were rounded to float32.
+_ROUNDING = 1e-5
 
 
 class RotateLayer(nn.Module):
@@ -50,6 +56,33 @@ class RotateLayer(nn.Module):
         rows.assign(R)
         rows.requires_grad_(any(p.requires_grad for p in self.rows.parameters()))
         return rows.train(self.rows.training)
+
+    @torch.no_grad()
+    def state_of(self, R: Tensor) -> dict[str, Tensor]:
+        """The state dict with which this layer has the R [r, d] of another library's file; nothing is changed.
+
+        Where this layer keeps its rows orthonormal, R is replaced by the nearest matrix that has such rows, with a
+        warning if it is off by more than rounding in float32.
+
+        Raises:
+            ValueError: the shape is not [r, d], or rows that are to be orthonormal are further than 1e-2 from that.
+        """
+        rows = copy.deepcopy(self.rows)
+        if any(p.is_meta for p in rows.parameters()):
+            if isinstance(rows, ComplementRows):
+                raise ValueError("orthogonal_to: expected the given rows, got rows on the meta device")
+            rows.to_empty(device="cpu")
+        rows.to("cpu")
+        R = R.detach().to("cpu", torch.float64)
+        if rows.orthogonality != "none" and R.shape == (rows.r, rows.d):
+            check_orthonormal(R, "; orthogonality='none' takes them as they are")
+            if (error := row_error(R)) > _ROUNDING:
+                warnings.warn(
+                    f"R was saved with |R R^T - I| = {error:.2g}: the nearest orthonormal rows are taken", stacklevel=2
+                )
+            retract_([R])
+        rows.assign(R)
+        return {f"rows.{name}": value for name, value in rows.state_dict().items()}
 
     @property
     def weight(self) -> Tensor:

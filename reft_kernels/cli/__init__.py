@@ -1,4 +1,4 @@
-"""The command line: `python -m reft_kernels train | eval | generate | info | tune`.
+"""The command line: `python -m reft_kernels train | eval | generate | convert | info | tune`.
 
 Exit codes: 0 done; 2 something the user gave is wrong, and one sentence on standard error says what; 130
 interrupted.
@@ -10,10 +10,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reft_kernels.cli import evaluate, generate, info, train, tune
+from reft_kernels.cli import convert, evaluate, generate, info, train, tune
 from reft_kernels.cli.common import Parser, UserError
 
-COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "info": info, "tune": tune}
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "convert": convert,
+    "info": info,
+    "tune": tune,
+}
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
