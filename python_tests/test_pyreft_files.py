@@ -76,7 +76,7 @@ def test_what_the_weights_say(name: str, dtype: torch.dtype, tmp_path: Path) -> 
 def test_the_activation_is_the_callers_to_say(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", [(1, "block_output")], "LoreftIntervention")
     loaded = ReftModel.load(tmp_path / "a", tiny_model("llama"), act_fn="gelu")
-    assert loaded.interventions[KEY.format(1, 0)].act_fn == "gelu"
+    assert loaded.interventions[KEY.format(1, 0)].activation == "gelu"
     with pytest.raises(ValueError, match=r"act_fn: expected one of .*, got 'cosine'"):
         ReftModel.load(tmp_path / "a", tiny_model("llama"), act_fn="cosine")
 
@@ -325,7 +325,7 @@ def test_a_checkpoint_of_pyrefts_trainer(names: str, tmp_path: Path) -> None:
     reft_model = make(positions="f2", act_fn="gelu", orthogonality="polar")
     reft_model.load_intervention(tmp_path / "checkpoint-2")
     assert_holds(reft_model, theirs, "LoreftIntervention")
-    assert {module.act_fn for module in reft_model.interventions.values()} == {"gelu"}
+    assert {module.activation for module in reft_model.interventions.values()} == {"gelu"}
 
 
 @pyreft_warns
