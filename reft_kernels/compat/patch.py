@@ -7,7 +7,7 @@ import importlib.metadata
 from dataclasses import dataclass, field
 from typing import Any
 
-from reft_kernels.compat import patched_interventions, patched_pyvene, patched_trainers
+from reft_kernels.compat import patched_files, patched_interventions, patched_pyvene, patched_trainers
 from reft_kernels.compat.replacement import Replacement
 
 
@@ -56,7 +56,7 @@ def patch_pyreft() -> PatchReport:
     except ImportError as error:
         raise ImportError(f"patch_pyreft() needs pyreft and pyvene: {error}") from error
     report = PatchReport({name: importlib.metadata.version(name) for name in ("pyreft", "pyvene")})
-    for part in (patched_interventions, patched_pyvene, patched_trainers):
+    for part in (patched_interventions, patched_pyvene, patched_files, patched_trainers):
         for replacement in part.replacements(pyreft, pyvene):
             obstacle = replacement.obstacle()
             if obstacle is None:

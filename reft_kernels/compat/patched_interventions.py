@@ -47,6 +47,17 @@ def fused_activation(intervention: nn.Module) -> str | None:
     return name if name in ACTIVATIONS and exact else None
 
 
+def activation_name(intervention: nn.Module) -> str | None:
+    """The name of f in transformers' ``ACT2FN``; None where it is of no class that is there."""
+    from transformers.activations import ACT2FN
+
+    fused = fused_activation(intervention)
+    if fused is not None:
+        return fused
+    kind = type(getattr(intervention, "act_fn", None))
+    return next((name for name in ACT2FN if type(ACT2FN[name]) is kind), None)
+
+
 def is_fused(intervention: nn.Module) -> bool:
     """Whether an intervention is one of pyreft's as patched, with no other ``forward`` and an f the kernels know."""
     forward = getattr(type(intervention), "forward", None)

@@ -1,0 +1,259 @@
+"""Files and trainers of an installed pyreft under patch_pyreft()."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyreft
+import pytest
+import torch
+import transformers
+from peer import CLASSES, CONSTRAINED, WITH_PROJ, WITH_W, assert_equal_within, representations, settings
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainingArguments
+
+import reft_kernels
+from reft_kernels import patch_pyreft, unpatch_pyreft
+
+LAYERS, WIDTH, RANK = (0, 2), 32, 3
+WHERE = {"sources->base": (None, [[[0, 4], [1, 2]], [[3, 5], [2, 6]]])}
+
+
+@pytest.fixture(autouse=True)
+def patched() -> Iterator[None]:
+    patch_pyreft()
+    yield
+    unpatch_pyreft()
+
+
+def llama(kind: Any = LlamaForCausalLM, **changes: Any) -> Any:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, eos_token_id=None, initializer_range=0.3,
+        **changes,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    return kind(config).eval()
+
+
+def model_of(name: str, component: str = "block_output", base: Any = None, **others: Any) -> Any:
+    if name in WITH_PROJ:
+        others.setdefault("add_bias", True)
+    modules = [getattr(pyreft, name)(**settings(name, WIDTH, RANK, **others)) for _ in LAYERS]
+    entries = [{**entry, "component": component} for entry in representations(LAYERS, modules, RANK)]
+    if "." in component:
+        entries = entries[:1]
+    return pyreft.get_reft_model(llama() if base is None else base, pyreft.ReftConfig(representations=entries))
+
+
+def where_of(model: Any) -> dict[str, Any]:
+    return {"sources->base": (None, WHERE["sources->base"][1][: len(model.interventions)])}
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, 64, (2, 8))}
+
+
+@torch.no_grad()
+def logits(model: Any, base: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(base, unit_locations=where_of(model))[1].logits
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_save_and_load_keep_everything(name: str, tmp_path: Path) -> None:
+    act_fn = "relu" if name in WITH_W else None
+    model = model_of(name, act_fn=act_fn, dropout=0.25)
+    model.eval()
+    model.save(str(tmp_path / "saved"))
+    again = pyreft.ReftModel.load(str(tmp_path / "saved"), llama())
+    assert type(again) is pyreft.ReftModel
+    again.eval()
+    base = inputs()
+    assert_equal_within(logits(again, base), logits(model, base), 5e-6, "logits")
+    for mine, theirs in zip(again.interventions.values(), model.interventions.values(), strict=True):
+        assert type(mine) is type(theirs)
+        assert [p.dtype for p in mine.parameters()] == [p.dtype for p in theirs.parameters()]
+        if hasattr(theirs, "dropout"):
+            assert mine.dropout.p == 0.25
+    ours = reft_kernels.ReftModel.load(tmp_path / "saved", llama())
+    assert_equal_within(logits(ours, base), logits(model, base), 5e-6, "logits")
+
+
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_stock_pyreft_reads_what_was_saved_under_the_patch(name: str, tmp_path: Path) -> None:
+    model = model_of(name, dtype=torch.bfloat16, base=llama().to(torch.bfloat16))
+    model.eval()
+    model.save(str(tmp_path / "saved"))
+    base = inputs()
+    expected = logits(model, base)
+    unpatch_pyreft()
+    stock = pyreft.ReftModel.load(str(tmp_path / "saved"), llama().to(torch.bfloat16))
+    assert_equal_within(logits(stock, base).float(), expected.float(), 2e-2, "logits")
+    for mine, theirs in zip(model.interventions.values(), stock.interventions.values(), strict=True):
+        assert torch.allclose(mine.rotate_layer.weight, theirs.rotate_layer.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_state_dicts_of_stock_pyreft(name: str) -> None:
+    """Stock's into a patched one, and back; and inside of a model nn.Module's own."""
+    others: dict[str, Any] = {"add_bias": True} if name in WITH_PROJ else {}
+    under_patch = getattr(pyreft, name)(**settings(name, WIDTH, RANK, **others))
+    written = under_patch.state_dict()
+    unpatch_pyreft()
+    stock = getattr(pyreft, name)(**settings(name, WIDTH, RANK, **others))
+    state = copy.deepcopy(stock.state_dict())
+    h = torch.randn(2, 3, WIDTH)
+    expected = stock(h)
+    stock.load_state_dict(written)
+    back = stock(h)
+    patch_pyreft()
+    assert_equal_within(back, under_patch(h), 5e-6, name)
+    under_patch.load_state_dict(state)
+    assert_equal_within(under_patch(h), expected, 5e-6, name)
+    outer = nn.ModuleDict({"one": under_patch})
+    keys = set(outer.state_dict())
+    assert all(key.startswith("one.") for key in keys)
+    assert {f"one.{key}" for key, _ in under_patch.named_parameters()} <= keys
+    other = nn.ModuleDict({"one": getattr(pyreft, name)(**settings(name, WIDTH, RANK, **others))})
+    other.load_state_dict(outer.state_dict())
+    assert torch.equal(other["one"](h), under_patch(h))
+    with pytest.raises(ValueError, match=r"must be \[3, 32\]|must be \[3\]"):
+        under_patch.load_state_dict({key: _wider(value) for key, value in state.items()})
+
+
+def _wider(value: torch.Tensor) -> torch.Tensor:
+    """The same of rank 4."""
+    if value.dim() == 0 or value.shape == (WIDTH, WIDTH):
+        return value
+    axis = value.shape.index(RANK)
+    return torch.cat([value, value.narrow(axis, 0, 1)], dim=axis)
+
+
+def test_a_module_path_and_the_names_of_older_pyvene(tmp_path: Path) -> None:
+    model = model_of("LoreftIntervention", component="model.layers[1].mlp.output")
+    model.eval()
+    model.save(str(tmp_path / "saved"))
+    base = inputs()
+    for path in (tmp_path / "saved").glob("intkey_*"):
+        path.rename(path.with_name("intkey_comp.model.layers[1].mlp.output.unit.pos.nunit.1#0.bin"))
+    again = pyreft.ReftModel.load(str(tmp_path / "saved"), llama())
+    assert_equal_within(logits(again, base), logits(model, base), 5e-6, "logits")
+
+
+def test_load_intervention_on_a_cpu(tmp_path: Path) -> None:
+    model, other = model_of("LoreftIntervention"), model_of("LoreftIntervention")
+    before = [id(p) for p in other.get_trainable_parameters()]
+    model.save_intervention(str(tmp_path / "saved"), include_model=False)
+    other.load_intervention(str(tmp_path / "saved"), include_model=False)
+    base = inputs()
+    assert_equal_within(logits(other, base), logits(model, base), 5e-6, "logits")
+    assert [id(p) for p in other.get_trainable_parameters()] == before
+
+
+def test_own_classes_are_left_to_pyreft(tmp_path: Path) -> None:
+    class Own(pyreft.LoreftIntervention):
+        """A class that no file can name."""
+
+    modules = [Own(**settings("LoreftIntervention", WIDTH, RANK)) for _ in LAYERS]
+    model = pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=representations(LAYERS, modules, RANK)))
+    model.save(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "reft_kernels.json").exists()
+    assert "Own" in json.loads((tmp_path / "saved" / "config.json").read_text())["intervention_types"][0]
+
+
+# Trainers
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, labels: int | None = None, count: int = 8) -> None:
+        torch.manual_seed(1)
+        self.ids = torch.randint(3, 64, (count, 8))
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.ids[index]
+        labels = ids if self.labels is None else ids[0] % self.labels
+        return {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels,
+            "intervention_locations": torch.tensor([[0, 7], [1, 6]]),
+        }  # fmt: skip
+
+
+def arguments(folder: Path, **others: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True,
+        remove_unused_columns=False, disable_tqdm=True, save_strategy="epoch", logging_steps=1, **others,
+    )  # fmt: skip
+
+
+def test_the_trainer_trains_evaluates_saves_and_resumes(tmp_path: Path) -> None:
+    model = model_of("LoreftIntervention")
+    trainer = pyreft.ReftTrainerForCausalLM(
+        model=model, args=arguments(tmp_path, num_train_epochs=2), train_dataset=_Rows(), eval_dataset=_Rows(count=4)
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    folder = tmp_path / "checkpoint-2" / "intervenable_model"
+    again = pyreft.ReftModel.load(str(folder), llama(), include_model=True)
+    base = inputs()
+    model.save(str(tmp_path / "final"))
+    assert (logits(again, base) - logits(model, base)).abs().max() > 1e-3
+    last = pyreft.ReftModel.load(str(tmp_path / "checkpoint-4" / "intervenable_model"), llama())
+    assert_equal_within(logits(last, base), logits(model, base), 5e-6, "logits")
+    ours = reft_kernels.ReftModel.load(tmp_path / "checkpoint-4" / "intervenable_model", llama())
+    assert_equal_within(logits(ours, base), logits(model, base), 5e-6, "logits")
+    # Resumed from the first epoch, it ends where the whole run did.
+    fresh = model_of("LoreftIntervention")
+    resumed = pyreft.ReftTrainerForCausalLM(
+        model=fresh, args=arguments(tmp_path / "resumed", num_train_epochs=2), train_dataset=_Rows()
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    # A second run into the same folder replaces the checkpoint; stock leaves the stale one.
+    trainer.save_model(str(tmp_path / "checkpoint-2"))
+    replaced = pyreft.ReftModel.load(str(folder), llama())
+    assert_equal_within(logits(replaced, base), logits(model, base), 5e-6, "logits")
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="the older Trainer takes tokenizer=")
+def test_a_tokenizer_reaches_the_trainer(tmp_path: Path) -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), pad_token="[PAD]")
+    trainer = pyreft.ReftTrainerForCausalLM(
+        model=model_of("LoreftIntervention"), args=arguments(tmp_path), tokenizer=tokenizer, train_dataset=_Rows()
+    )
+    assert trainer.processing_class is tokenizer
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    return Tokenizer(WordLevel({"[PAD]": 0, "a": 1}, unk_token="a"))
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_sequence_classification(labels: int, tmp_path: Path) -> None:
+    base = llama(LlamaForSequenceClassification, num_labels=labels)
+    model = model_of("LoreftIntervention", base=base)
+    seen: list[Any] = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        seen.append(prediction)
+        return {"error": float((prediction.predictions.argmax(-1) != prediction.label_ids).float().mean())}
+
+    trainer = pyreft.ReftTrainerForSequenceClassification(
+        model=model, args=arguments(tmp_path, num_train_epochs=1, eval_strategy="epoch"),
+        train_dataset=_Rows(labels), eval_dataset=_Rows(labels, count=6), compute_metrics=metrics,
+    )  # fmt: skip
+    trainer.train()
+    assert any("eval_error" in entry for entry in trainer.state.log_history)
+    assert seen[-1].predictions.shape == (6, labels)
+    assert seen[-1].predictions.dtype == torch.float32
