@@ -162,6 +162,28 @@ def test_own_classes(tmp_path: Path) -> None:
     assert again.interventions[KEY.format(1, 0)].by.equal(by)
 
 
+class Scaled(LoreftIntervention):
+    """With a parameter of its own, of any name."""
+
+    def __init__(self, name: str = "scale", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_parameter(name, nn.Parameter(torch.randn(3)))
+
+
+@pyreft_warns
+def test_own_parameters_beside_those_of_the_edit(tmp_path: Path) -> None:
+    module = Scaled(embed_dim=WIDTH, low_rank_dimension=2)
+    reft_model = get_reft_model(tiny_model("llama"), ReftConfig({"layer": 1, "intervention": module}))
+    reft_model.save(tmp_path / "a", format="pyreft")
+    (loaded,) = ReftModel.load(tmp_path / "a", tiny_model("llama"), classes={"Scaled": Scaled}).interventions.values()
+    assert loaded.scale.equal(module.scale)
+    assert loaded.edit_weights().W.equal(module.edit_weights().W)
+    module = Scaled("bias", embed_dim=WIDTH, low_rank_dimension=2)
+    reft_model = get_reft_model(tiny_model("llama"), ReftConfig({"layer": 1, "intervention": module}))
+    with pytest.raises(ValueError, match="cannot save its 'bias' in pyreft's layout, which has another of that name"):
+        reft_model.save(tmp_path / "a", format="pyreft")
+
+
 def test_an_adapter_whose_rows_training_moved_apart(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", [(1, "block_output")], "LoreftIntervention")
     path = tmp_path / "a" / file_name(1, "block_output", 0, "_")
@@ -364,6 +386,22 @@ def test_the_bases_own_parameters(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             other.load_intervention(tmp_path / "b")
     assert all(value.equal(before[name]) for name, value in state_of(other).items())
+
+
+@pytest.mark.gpu
+def test_weights_go_to_and_from_another_device(tmp_path: Path) -> None:
+    there, here = make(), make()
+    there.set_device("cuda")
+    there.save_intervention(tmp_path / "a")
+    here.load_intervention(tmp_path / "a")
+    batch = random_batch([8, 5])
+    on_device = {name: value.cuda() for name, value in batch.items()}
+    torch.testing.assert_close(logits(there, on_device).cpu(), logits(here, batch), rtol=0, atol=1e-3)
+    train_a_little(here)
+    here.save_intervention(tmp_path / "a")
+    there.load_intervention(tmp_path / "a")
+    assert {p.device.type for p in there.parameters()} == {"cuda"}
+    torch.testing.assert_close(logits(there, on_device).cpu(), logits(here, batch), rtol=0, atol=1e-3)
 
 
 def test_load_intervention_reads_our_own_folders(tmp_path: Path) -> None:

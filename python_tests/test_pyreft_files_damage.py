@@ -64,6 +64,7 @@ BIN = file_name(1, "block_output", 0, "_")
         (ValueError, lambda f: change_config(f, lambda c: c["representations"][0].append(1)), "a list or an object"),
         (ValueError, lambda f: change_config(f, lambda c: c.update(representations=[{"depth": 1}])), "'depth'"),
         (ValueError, lambda f: change_config(f, lambda c: c["representations"][0].__setitem__(0, "1")), "its place"),
+        (ValueError, lambda f: change_config(f, lambda c: c["representations"][0].__setitem__(1, "a/../b")), "place"),
         (ValueError, lambda f: change_config(f, lambda c: c["representations"][0].__setitem__(2, "h")), "unit='h'"),
         (ValueError, lambda f: change_config(f, lambda c: c["representations"][0].__setitem__(3, 4)), "units=4"),
         (ValueError, lambda f: change_config(f, lambda c: c["representations"][0].__setitem__(7, [[0, 1]])), "partit"),

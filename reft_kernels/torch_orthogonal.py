@@ -42,7 +42,7 @@ def parametrized_matrix(original: Tensor, base: Tensor | None = None) -> Tensor:
         tau = 2 / (1 + lower.square().sum(0))
         Q = torch.linalg.householder_product(lower, tau) * X.diagonal().int()
     if base is not None:
-        Q = base.to(Q) @ Q
+        Q = base.to(Q) @ Q.contiguous()  # LAPACK leaves columns together, which multiply slowly
     return Q.T if wide else Q
 
 

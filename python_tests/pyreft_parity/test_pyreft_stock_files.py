@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,32 @@ def test_stock_takes_the_weights_of_what_its_load_cannot_make(method: str, add_b
     for key, module in theirs.interventions.items():
         module.load_state_dict(torch.load(tmp_path / "a" / f"intkey_{key}.bin"))
     assert_equal_within(logits(ours, batch), logits(theirs, batch), LOGITS, "logits")
+
+
+@no_stock_limits
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_folder_is_like_stocks(name: str, tmp_path: Path) -> None:
+    """Same files, same config.json, same keys, shapes and dtypes; and the sidecar."""
+    paths = ["block_output", "model.layers[2].mlp.output"]
+    theirs = stock_model(name, components=paths)
+    theirs.save(str(tmp_path / "theirs"), include_model=True)
+    modules = ReftModel.load(tmp_path / "theirs", base()).interventions.values()
+    places = [
+        {"layer": layer, "component": component, "intervention": module}
+        for layer, component, module in zip(LAYERS, paths, modules, strict=True)
+    ]
+    get_reft_model(base(), ReftConfig(places)).save(tmp_path / "ours", include_model=True, format="pyreft")
+    names = {path.name for path in (tmp_path / "theirs").iterdir()}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {*names, "reft_kernels.json"}
+    written, saved = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs"))
+    saved.pop("transformers_version")
+    saved["representations"][1][0] = 0  # of a module path, where stock keeps any number
+    assert written == saved
+    for path in (tmp_path / "theirs").glob("intkey_*.bin"):
+        written, saved = (torch.load(tmp_path / who / path.name) for who in ("ours", "theirs"))
+        assert {key: (t.shape, t.dtype) for key, t in written.items()} == {
+            key: (t.shape, t.dtype) for key, t in saved.items()
+        }
 
 
 def test_stock_loads_the_bases_parameters(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ TRAINER_FOLDER = "intervenable_model"
 """Where pyreft's trainer puts the files, below each of its checkpoints."""
 
 _WEIGHTS = "intkey_*.bin"
+_EDIT_PARTS = ("rotate_layer", "proj_layer", "learned_source", "embed_dim", "interchange_dim")
+_COMPONENT = re.compile(r"[\w.\[\]]+")  # it becomes part of a file's name
 
 # Of pyvene's RepresentationConfig, a named tuple that its JSON lists without the names; latent_dim was added last.
 _FIELDS = (
@@ -180,7 +182,8 @@ def _fields(place: str, item: Any) -> dict[str, Any]:
         raise ValueError(f"{place} must be a list or an object of pyvene's fields, got {item!r}")
     fields = {**dict.fromkeys(_FIELDS), "layer": 0, "component": "block_output", **item}
     component, layer = fields["component"], fields["layer"]
-    if not isinstance(component, str) or ("." not in component and not isinstance(layer, int)):
+    readable = isinstance(component, str) and _COMPONENT.fullmatch(component) is not None
+    if not readable or ("." not in component and not isinstance(layer, int)):
         raise ValueError(f"{place}: cannot read its place, {component!r} of layer {layer!r}")
     # A linked intervention of pyvene's edits what the first of its links has edited, wherever it is itself.
     only_known = {"unit": "pos", "max_number_of_units": 1, "subspace_partition": None, "intervention_link_key": None}
@@ -276,7 +279,7 @@ def read_sidecar(folder: Path, entries: Sequence[Entry]) -> Mapping[str, Any]:
     if not path.is_file():
         return {"base_model": {}, "config": LISTED_CONFIG, "representations": []}
     document = read_document(path)
-    for name in ("key", "intervention"):
+    for name in ("key", "layer", "component", "intervention"):
         saved = [entry[name] for entry in document["representations"]]
         if saved != [entry[name] for entry in entries]:
             raise ValueError(
@@ -326,6 +329,7 @@ def save_adapter(
     Raises:
         FileExistsError: ``folder`` holds anything but an adapter.
         TypeError: the state of an own intervention is not all tensors.
+        ValueError: it has a name that pyreft's state dicts have for something else.
     """
     entries = [_without_fixed_rows(entry) for entry in description["representations"]]
     modules = {entry["key"]: interventions[entry["same_as"] or entry["key"]] for entry in entries}
@@ -337,7 +341,7 @@ def save_adapter(
     config = {
         "intervention_constant_sources": [True] * len(entries),
         "intervention_dimensions": [entry["settings"].get("embed_dim") for entry in entries],
-        "intervention_types": [str(_pyreft_class(type(module))) for module in modules.values()],
+        "intervention_types": [_pyreft_class(type(module)) for module in modules.values()],
         "mode": "parallel",
         "representations": [_listed(entry) for entry in entries],
         "sorted_keys": list(modules),
@@ -366,17 +370,24 @@ def _write_weights(folder: Path, modules: Mapping[str, nn.Module], base: Mapping
 
 
 def state_of(key: str, intervention: nn.Module) -> dict[str, Tensor]:
-    """The state dict that pyreft's class of an intervention loads; an own class's as it is."""
+    """The state dict that pyreft's class of an intervention loads, with whatever an own class has beside it.
+
+    Raises TypeError where it is not all tensors and ValueError where an own name is one of pyreft's.
+    """
+    state = tensors_of(key, intervention)
     if not isinstance(intervention, Intervention):
-        return tensors_of(key, intervention)
+        return state
     R, W, b, c = intervention.edit_weights()[:4]
-    unused_bias = isinstance(intervention, NodireftIntervention) and intervention.add_bias
-    return write_state(
+    theirs = write_state(
         Operands(R, W, b, c),
         orthonormal=intervention.orthonormal,
         subtract=intervention.subtract,
-        add_bias=unused_bias,
+        add_bias=isinstance(intervention, NodireftIntervention) and intervention.add_bias,
     )
+    own = {name: value for name, value in state.items() if name.partition(".")[0] not in _EDIT_PARTS}
+    if both := sorted(set(own) & set(theirs)):
+        raise ValueError(f"{key}: cannot save its {both[0]!r} in pyreft's layout, which has another of that name")
+    return {**theirs, **own}
 
 
 def _without_fixed_rows(entry: Mapping[str, Any]) -> Entry:
