@@ -58,7 +58,7 @@ def test_what_the_source_does_not_say(model: Path, tmp_path: Path) -> None:
     assert convert(tmp_path / "a", tmp_path / "b", "--to", "reft_kernels", "--model", model, *options) == 0
     loaded = ReftModel.load(tmp_path / "b", tiny_model("llama"))
     assert loaded.representations[0].positions == "f2+l2"
-    assert next(iter(loaded.interventions.values())).act_fn == "relu"
+    assert next(iter(loaded.interventions.values())).activation == "relu"
     write_adapterhub(tmp_path / "c", orthogonality=False)
     assert convert(tmp_path / "c", tmp_path / "d", "--to", "pyreft", "--model", model, "--method", "nodireft") == 0
     loaded = ReftModel.load(tmp_path / "d", tiny_model("llama"))

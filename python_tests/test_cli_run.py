@@ -174,6 +174,20 @@ def test_generate_continues_with_and_without_the_adapter(
     assert capsys.readouterr().out == said[0]
 
 
+def test_generate_with_an_adapter_in_pyrefts_files(
+    model_folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("convert", trained, tmp_path / "theirs", "--to", "pyreft", "--model", model_folder) == 0
+    capsys.readouterr()
+    said = []
+    for argv in (("--adapter", trained), ("--adapter", tmp_path / "theirs", "--model", model_folder)):
+        assert (
+            run("generate", *argv, "--prompt", rows(1)[0]["instruction"], "--max-new-tokens", 8, "--device", "cpu") == 0
+        )
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
 def test_sampling_depends_on_the_seed(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for seed in (1, 1, 2):

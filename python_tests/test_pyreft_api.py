@@ -42,9 +42,13 @@ def inputs() -> dict[str, Tensor]:
 # Names
 
 
-def test_the_names_of_pyreft_init_that_are_about_models() -> None:
-    names = """ReftConfig ReftModel get_reft_model TaskType ReftType ReftTrainerForCausalLM NoreftIntervention
-        LoreftIntervention ConsreftIntervention LobireftIntervention DireftIntervention NodireftIntervention
+def test_every_name_of_pyreft() -> None:
+    names = """TaskType ReftType get_reft_model ReftConfig ReftModel ReftTrainer ReftTrainerForCausalLM
+        ReftTrainerForCausalLMDistributed ReftTrainerForSequenceClassification NoreftIntervention LoreftIntervention
+        ConsreftIntervention LobireftIntervention DireftIntervention NodireftIntervention ReftDataCollator ReftDataset
+        ReftRawDataset ReftSupervisedDataset ReftClassificationDataset ReftGenerationDataset ReftPreferenceDataset
+        ReftRewardDataset ReftRewardCollator make_last_position_supervised_data_module
+        make_last_position_supervised_chat_data_module make_multiple_position_supervised_data_module
         get_intervention_locations parse_positions"""
     for name in names.split():
         assert name in pyreft.__all__

@@ -59,17 +59,27 @@ def write_log(folder: Path, log: dict[str, Any]) -> None:
 
 
 def find_adapter(name: str | None) -> Path | None:
-    """The adapter folder that the option `--adapter` names, or None for the frozen base model."""
+    """The adapter folder, of any format, that the option `--adapter` names, or None for the frozen base model."""
     if name is None or name == "none":
         return None
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise UserError(f"--adapter {name}: no such folder")
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / CONFIG_FILE).is_file() and not _is_foreign(folder):
         checkpoints = sorted(path.name for path in folder.glob("checkpoint-*") if (path / CONFIG_FILE).is_file())
         hint = f"; it holds {', '.join(checkpoints)}, name one of them" if checkpoints else ""
         raise UserError(f"--adapter {name}: the folder holds no {CONFIG_FILE}, so it is no adapter{hint}")
     return folder
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether the folder holds an adapter of pyreft or AdapterHub."""
+    from reft_kernels.model_files import find_format
+
+    try:
+        return find_format(folder) in ("pyreft", "adapterhub")
+    except (OSError, ValueError):
+        return False
 
 
 def training_settings(adapter: Path | None) -> dict[str, Any]:
