@@ -32,6 +32,7 @@ from reft_kernels.modules import (
 from reft_kernels.orthogonal import OrthonormalRows, shared_rows
 from reft_kernels.plan import activated
 from reft_kernels.planner import Planner
+from reft_kernels.recompute import Checkpoints
 
 
 def get_reft_model(
@@ -123,7 +124,8 @@ class ReftModel(nn.Module):
                 self._handles.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
         call = CallHook(self._owner)
         self._handles.append(called_model(self.model).register_forward_pre_hook(call, with_kwargs=True))
-        weakref.finalize(self, _remove, self._handles)
+        self._checkpoints = Checkpoints(self.model, sites)
+        weakref.finalize(self, _remove, self._handles, self._checkpoints)
 
     def _rows(self) -> list[OrthonormalRows]:
         """The parametrisations of the built-in interventions, as they are now."""
@@ -152,8 +154,7 @@ class ReftModel(nn.Module):
 
     def remove_hooks(self) -> None:
         """Take this model's hooks off the base model, which then knows nothing of it. There is no way back."""
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles, self._checkpoints)
         self._handles = []
 
     # Calling
@@ -227,6 +228,8 @@ class ReftModel(nn.Module):
             inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace
         )
         plan.rebuild = self.config.rebuild
+        if plan.grad and not torch.compiler.is_compiling():
+            self._checkpoints.follow()
         with activated(plan), shared_rows(self._rows()):
             edited = self.model(**inputs)
         if base is None and not output_original_output:
@@ -333,19 +336,33 @@ class ReftModel(nn.Module):
         return inspect.Parameter.VAR_KEYWORD in kinds
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The base model's own (transformers 5)."""
+        """The base model's own (transformers 5), see :meth:`gradient_checkpointing_enable`."""
         base: Any = self.model
         base.activation_checkpointing_enable(*args, **kwargs)
+        self._checkpoints.follow()
+
+    def activation_checkpointing_disable(self) -> None:
+        """The base model's own (transformers 5)."""
+        base: Any = self.model
+        base.activation_checkpointing_disable()
+        self._checkpoints.release()
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The base model's own."""
+        """The base model's own: recompute its blocks in the backward, with the edits of their forward.
+
+        Reentrant or not. A reentrant checkpoint around an edit gives it gradients also where the base model is frozen
+        and its inputs require none. Blocks checkpointed by other means raise RuntimeError when they are recomputed
+        without their edits.
+        """
         base: Any = self.model
         base.gradient_checkpointing_enable(*args, **kwargs)
+        self._checkpoints.follow()
 
     def gradient_checkpointing_disable(self) -> None:
         """The base model's own."""
         base: Any = self.model
         base.gradient_checkpointing_disable()
+        self._checkpoints.release()
 
     def count_parameters(self, include_model: bool = False) -> int:
         """Number of trainable parameters of the interventions, and of the base model where asked for."""
@@ -504,10 +521,11 @@ def _match_orthogonality(place: str, loaded: nn.Module, mine: nn.Module) -> None
                 raise ValueError(f"{place} cannot be made {wanted}: {error}") from error
 
 
-def _remove(handles: Sequence[Any]) -> None:
+def _remove(handles: Sequence[Any], checkpoints: Checkpoints) -> None:
     """The base model outlives its ReftModel and should not carry the hooks of one that is gone."""
     for handle in handles:
         handle.remove()
+    checkpoints.release()
 
 
 class _Owner:

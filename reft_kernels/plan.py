@@ -32,7 +32,6 @@ class Plan:
         inplace: bool,
     ) -> None:
         self.owner = owner
-        self.outer: Plan | None = None
         self.places = places
         self.interventions = interventions
         self.locations = locations
@@ -113,9 +112,10 @@ def cache_length(past: Any) -> int | Tensor:
 
 
 class _Active(threading.local):
-    """The innermost plan of each thread."""
+    """The plans of each thread, the innermost last, and whether all of this is run again under them if at all."""
 
-    plan: Plan | None = None
+    plans: tuple[Plan, ...] = ()
+    followed = False
 
 
 _active = _Active()
@@ -124,21 +124,41 @@ _active = _Active()
 @contextmanager
 def activated(plan: Plan) -> Iterator[None]:
     """Make the plan the one its owner's hooks follow, within this thread."""
-    plan.outer = _active.plan
-    _active.plan = plan
+    outer = _active.plans
+    _active.plans = (*outer, plan)
     try:
         yield
     finally:
-        _active.plan = plan.outer
-        plan.outer = None
+        _active.plans = outer
+
+
+def active_plans() -> tuple[Plan, ...]:
+    """The plans of this thread that may edit, the innermost last."""
+    return tuple(plan for plan in _active.plans if not plan.busy)
+
+
+@contextmanager
+def following(plans: tuple[Plan, ...]) -> Iterator[None]:
+    """Make these plans, and no others, the active ones of a part of a forward and of its recomputation alike."""
+    outer = _active.plans, _active.followed
+    _active.plans, _active.followed = plans, True
+    try:
+        yield
+    finally:
+        _active.plans, _active.followed = outer
+
+
+def is_followed() -> bool:
+    """Whether what runs now is recomputed, if it is, within :func:`following`."""
+    return _active.followed
 
 
 def active_plan(owner: object) -> Plan | None:
     """The innermost active plan of this owner."""
-    plan = _active.plan
-    while plan is not None and plan.owner is not owner:
-        plan = plan.outer
-    return plan
+    for plan in reversed(_active.plans):
+        if plan.owner is owner:
+            return plan
+    return None
 
 
 def in_backward() -> bool:
