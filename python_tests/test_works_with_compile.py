@@ -1,4 +1,4 @@
-"""torch.compile of a whole ReftModel: no graph break, at most two graphs for any number of lengths, eager's gradients."""
+"""torch.compile of a whole ReftModel: no graph break, at most two graphs for ten lengths, gradients as without it."""
 
 from __future__ import annotations
 
