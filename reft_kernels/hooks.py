@@ -92,6 +92,7 @@ class SiteHook:
 
     def _check(self, h: Tensor, step: Step, ours: Sequence[nn.Module], plan: Plan) -> None:
         shape = list(h.shape)
+        members = plan.places.sites[self.index]
         for k, intervention in zip(step.members, ours, strict=True):
             width = getattr(intervention, "embed_dim", None)
             if isinstance(width, int) and shape[-1] != width:
@@ -105,6 +106,12 @@ class SiteHook:
             raise ValueError(
                 f"{self.names[step.members[0]]}: positions need an {self.side} of {self.path} of shape [B, S, d] "
                 f"with B = {step.positions.shape[0]}, got {shape}"
+            )
+        highest = -1 if plan.highest is None else max(plan.highest[members[k]] for k in step.members)
+        if highest >= shape[1]:
+            raise ValueError(
+                f"{self.names[step.members[0]]}: unit_locations name position {highest}, but the {self.side} of "
+                f"{self.path} has {shape[1]} tokens"
             )
         if plan.length is not None and shape[1] != plan.length:
             raise ValueError(
@@ -174,6 +181,12 @@ class CallHook:
         inputs = next((value for value in candidates if isinstance(value, Tensor)), None)
         if inputs is not None:
             plan.next_call(inputs, kwargs.get("past_key_values"))
+
+    def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Hook of the same model: tells the plan that the call is over."""
+        plan = active_plan(self.owner)
+        if isinstance(plan, GenerationPlan) and not plan.busy:
+            plan.call_is_over(kwargs.get("past_key_values"))
 
 
 def may_write(h: Tensor) -> bool:

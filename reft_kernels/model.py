@@ -25,6 +25,7 @@ from reft_kernels.modules import (
     called_model,
     find_sites,
     hidden_size,
+    indices_in_decoder,
     inner_model,
     module_device,
     text_config,
@@ -100,8 +101,9 @@ class ReftModel(nn.Module):
         self._owner = _Owner()
         self._register(sites)
         self._planner = Planner(
-            self.model, self.interventions, self.representations, reft_config.tied, self._places, self._owner
-        )
+            self.model, self.interventions, self.representations, reft_config.tied, self._places, self._owner,
+            indices_in_decoder(self.model, sites),
+        )  # fmt: skip
 
     def _register(self, sites: Sequence[Site]) -> None:
         """One hook for each edited side of a module."""
@@ -123,7 +125,9 @@ class ReftModel(nn.Module):
                 before = InputHook(self._owner, index, site, names)
                 self._handles.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
         call = CallHook(self._owner)
-        self._handles.append(called_model(self.model).register_forward_pre_hook(call, with_kwargs=True))
+        body = called_model(self.model)
+        self._handles.append(body.register_forward_pre_hook(call, with_kwargs=True))
+        self._handles.append(body.register_forward_hook(call.after, with_kwargs=True))
         self._checkpoints = Checkpoints(self.model, sites)
         weakref.finalize(self, _remove, self._handles, self._checkpoints)
 
@@ -275,9 +279,11 @@ class ReftModel(nn.Module):
             inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace, intervene_on_prompt
         )
         original = run(**inputs) if output_original_output else None
+        if plan.edits_steps and hasattr(getattr(self.model, "generation_config", None), "disable_compile"):
+            inputs.setdefault("disable_compile", True)  # or each step would be a graph of its own
         with activated(plan), shared_rows(self._rows()):
             edited = run(**inputs)
-        if not plan.calls:
+        if not plan.called:
             called = type(called_model(self.model)).__name__
             raise RuntimeError(f"{type(self.model).__name__}.generate did not call its {called}: nothing was edited")
         if base is None and not output_original_output:

@@ -17,8 +17,9 @@ class Plan:
     """The edits of one forward or generation.
 
     ``steps`` holds those of the base model's current call, by site, and is None where nothing is left to edit.
-    ``length`` is the number of tokens that every edited hidden state must have, where that is known. While an
-    intervention that is not of this library runs, the plan is ``busy``: what that calls is not edited. ``rebuild``
+    ``length`` is the number of tokens that every edited hidden state must have, where that is known; ``highest`` are
+    the largest positions of the interventions where the edited hidden states alone tell whether they have them. While
+    an intervention that is not of this library runs, the plan is ``busy``: what that calls is not edited. ``rebuild``
     allows the last edit in place of a site to keep the edited tensor for its backward.
     """
 
@@ -42,6 +43,7 @@ class Plan:
         self.busy = False
         self.steps: list[list[Step]] | None = None
         self.length: int | None = None
+        self.highest: Sequence[int] | None = None
         self.moved: dict[tuple[int, torch.device], Tensor] = {}
 
     def look_at(self, window: Window) -> None:
@@ -62,46 +64,53 @@ class Plan:
 
 
 class GenerationPlan(Plan):
-    """A plan that follows the calls of `generate`: the prompt in one or several parts, then the cached steps."""
+    """A plan that follows the calls of `generate`: the prompt in one or several parts, then the cached steps.
 
-    calls = 0
-    seen = 0
-    counted = False
-    settled = False
+    ``edits_steps``: positions are named that are generated, so that every step has edits of its own. ``counted`` tells
+    whether the cache's length is counted along here: a cache of fixed size counts on the device, where reading it would
+    make the host wait.
+    """
 
-    def __init__(self, *args: Any, encoder_decoder: bool) -> None:
+    def __init__(self, *args: Any, encoder_decoder: bool, edits_steps: bool) -> None:
         super().__init__(*args)
         self.encoder_decoder = encoder_decoder
+        self.edits_steps = edits_steps
         self.grad = False  # `generate` builds no graph
+        self.called = False
+        self.counted: bool | None = None
+        self.settled = False
+        self.batch = 0
+        self.seen = 0
 
     def next_call(self, inputs: Tensor, past: Any) -> None:
         """See to the steps of a call with these inputs (token ids [B, S] or embeddings [B, S, d])."""
-        batch, length = inputs.shape[:2]
-        self.calls += 1
-        if self.encoder_decoder:
-            # The prompt went through the encoder; what the decoder is called with comes after it.
-            self.look_at(Window(batch, self.locations.extent, length))
+        if self.settled and past is not None:
             return
-        if self.counted and self.settled and past is not None:
-            return
-        offset = self._offset(past, length)
-        # After the prompt every call has the same steps.
-        self.settled = offset >= self.locations.extent
-        self.look_at(Window(batch, offset, length))
-
-    def _offset(self, past: Any, length: int) -> int:
-        """How many tokens the cache holds, without a host synchronisation after the first call."""
-        if past is None:
-            return 0
-        if self.counted:
-            offset = self.seen
-        else:
-            held = cache_length(past)
-            # A cache of fixed size may count on the device: read it once, then count along.
-            self.counted = isinstance(held, Tensor)
-            offset = int(held)
+        self.called = True
+        self.batch, length = inputs.shape[:2]
+        offset = 0
+        if past is not None:
+            offset = self.seen if self.counted else int(cache_length(past))
         self.seen = offset + length
-        return offset
+        self.look_at(Window(self.batch, self._before() + offset, length))
+
+    def call_is_over(self, past: Any) -> None:
+        """Look, once all that is named has been seen, at the steps that every later call has.
+
+        A compiled step of the model is then one graph, as nothing of the plan changes within it.
+        """
+        if self.settled or past is None:
+            return
+        if self.counted is None:
+            self.counted = isinstance(cache_length(past), Tensor)
+        # Caches that grow are cut again where guessed tokens are dropped.
+        if self.counted and self._before() + self.seen >= self.locations.extent:
+            self.settled = True
+            self.look_at(Window(self.batch, self._before() + self.seen, 1))
+
+    def _before(self) -> int:
+        """How many tokens come before those of the cache: the prompt went through the encoder, if there is one."""
+        return self.locations.before_decoder if self.encoder_decoder else 0
 
 
 def cache_length(past: Any) -> int | Tensor:
