@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels.modules import Site
-from reft_kernels.plan import Plan, active_plans, following
+from reft_kernels.orthogonal import rows_apart
+from reft_kernels.plan import Plan, active_plans, following, in_backward
 
 # Where transformers puts the function that checkpoints, on every module that may be checkpointed.
 _FUNCTION = "_gradient_checkpointing_func"
@@ -36,9 +38,11 @@ class FollowingCheckpoint:
         # A compiler traces the function once and recomputes operations of its own graph.
         if not plans or torch.compiler.is_compiling():
             return self.checkpoint(function, *args, **kwargs)
-        if self.edits and torch.is_grad_enabled() and self._is_reentrant():
+        if not self._is_reentrant():
+            return self.checkpoint(partial(_follow, plans, function), *args, **kwargs)
+        if self.edits and torch.is_grad_enabled():
             args = _with_gradient(args)
-        return self.checkpoint(partial(_follow, plans, function), *args, **kwargs)
+        return self.checkpoint(partial(_follow_reentrantly, plans, function), *args, **kwargs)
 
     def _is_reentrant(self) -> bool:
         return getattr(self.checkpoint, "keywords", {}).get("use_reentrant") is not False
@@ -49,6 +53,11 @@ class FollowingCheckpoint:
 
 def _follow(plans: tuple[Plan, ...], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with following(plans):
+        return function(*args, **kwargs)
+
+
+def _follow_reentrantly(plans: tuple[Plan, ...], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with following(plans), rows_apart() if in_backward() else nullcontext():
         return function(*args, **kwargs)
 
 
