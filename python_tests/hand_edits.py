@@ -57,6 +57,18 @@ def _input_hook(intervention: nn.Module, rows: Rows | None) -> Any:
     return hook
 
 
+def greedy_by_hand(model: Any, batch: dict[str, Tensor], new: int, edits: list[Any]) -> Tensor:
+    """Greedy decoding of ``new`` tokens by full passes without a cache, every one with the same edits."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    for _ in range(new):
+        with torch.no_grad(), edited_by_hand(edits):
+            places = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return ids
+
+
 def ends(mask: Tensor, first: int, last: int) -> tuple[list[list[int]], list[list[int]]]:
     """Columns of the first and of the last tokens of every row of a mask, at most half of the row each."""
     heads, tails = [], []

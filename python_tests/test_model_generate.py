@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hand_edits import edited_by_hand, ends, strengthen
+from hand_edits import edited_by_hand, ends, greedy_by_hand, strengthen
 from tiny_models import DECODERS, LAYERS, VOCABULARY, WIDTH, random_batch, tiny_model
 from torch import Tensor, nn
 
@@ -43,18 +43,6 @@ def prompt_edits(reft_model: ReftModel, mask: Tensor, repeats: int = 1) -> list[
     ]
 
 
-def greedy_by_hand(model: Any, batch: dict[str, Tensor], edits: list[Any]) -> Tensor:
-    """Full passes without a cache, every one with the same edits."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    for _ in range(NEW):
-        with torch.no_grad(), edited_by_hand(edits):
-            places = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits
-        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return ids
-
-
 @pytest.fixture
 def edits_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each edit that is made."""
@@ -73,7 +61,7 @@ def edits_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_edits_the_prompt_once(architecture: str, edits_made: list[int]) -> None:
     reft_model = make(architecture)
     batch = random_batch([7, 4, 5], side="left")
-    wanted = greedy_by_hand(reft_model.model, batch, prompt_edits(reft_model, batch["attention_mask"]))
+    wanted = greedy_by_hand(reft_model.model, batch, NEW, prompt_edits(reft_model, batch["attention_mask"]))
     plain = reft_model.model.generate(**batch, max_new_tokens=NEW, do_sample=False)
     edits_made.clear()
     found = reft_model.generate(**batch, max_new_tokens=NEW, do_sample=False)
@@ -85,7 +73,7 @@ def test_edits_the_prompt_once(architecture: str, edits_made: list[int]) -> None
 def test_without_a_cache_every_pass_edits_the_prompt(edits_made: list[int]) -> None:
     reft_model = make()
     batch = random_batch([7, 4], side="left")
-    wanted = greedy_by_hand(reft_model.model, batch, prompt_edits(reft_model, batch["attention_mask"]))
+    wanted = greedy_by_hand(reft_model.model, batch, NEW, prompt_edits(reft_model, batch["attention_mask"]))
     edits_made.clear()
     found = reft_model.generate(**batch, max_new_tokens=NEW, do_sample=False, use_cache=False)
     assert found.equal(wanted)
@@ -174,7 +162,7 @@ def test_edits_beyond_the_prompt(which: str, use_cache: bool) -> None:
     modules = list(reft_model.interventions.values())
     rows = None if which == "every token" else [list(range(6, 6 + NEW))] * 2
     edits = [(module, "output", modules[i], rows) for i, module in enumerate(blocks(reft_model.model))]
-    wanted = greedy_by_hand(reft_model.model, batch, edits)
+    wanted = greedy_by_hand(reft_model.model, batch, NEW, edits)
     options = {"max_new_tokens": NEW, "do_sample": False, "use_cache": use_cache}
     found = reft_model.generate(**batch, intervene_on_prompt=which == "every token", **options)
     assert found.equal(wanted)
@@ -197,7 +185,7 @@ def test_prompt_positions_beside_every_token() -> None:
         (blocks(model)[1], "output", ours[0], None),
         (blocks(model)[1], "output", ours[1], [[4, 5]] * 2),
     ]
-    wanted = greedy_by_hand(model, batch, edits)
+    wanted = greedy_by_hand(model, batch, NEW, edits)
     assert reft_model.generate(**batch, max_new_tokens=NEW, do_sample=False).equal(wanted)
 
 
@@ -220,8 +208,9 @@ def test_generation_that_makes_no_sense() -> None:
     ids = random_batch([6, 6])["input_ids"]
     with pytest.raises(ValueError, match="generate needs input_ids"):
         reft_model.generate(max_new_tokens=2)
-    with pytest.raises(ValueError, match="position 6, but the input has 6 tokens"):
-        reft_model.generate(input_ids=ids, unit_locations=6, max_new_tokens=2)
+    for limit in ({"max_new_tokens": 2}, {"max_length": 8}):
+        with pytest.raises(ValueError, match="position 8, but the input has 6 tokens and is generated up to 8"):
+            reft_model.generate(input_ids=ids, unit_locations=8, **limit)
     with pytest.raises(ValueError, match="can only name position 0"):
         reft_model.generate(input_ids=ids, unit_locations=3, intervene_on_prompt=False, max_new_tokens=2)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import inspect
@@ -24,16 +23,12 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.fx_passes import post_grad
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reft_kernels.config import ReftConfig
 from reft_kernels.hooks import edit_with
 from reft_kernels.interventions import LoreftIntervention
 from reft_kernels.model import ReftModel, get_reft_model
 from reft_kernels.plan import active_plan
-
-# Whether checkpointing wraps a layer's forward, so that its hooks run outside, or its whole call.
-HOOKS_RUN_OUTSIDE = "__init_subclass__" in vars(GradientCheckpointingLayer)
 
 
 def make(model: Any, **settings: Any) -> ReftModel:
@@ -503,25 +498,6 @@ def test_parameters_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert reft_model.count_parameters(include_model=True) == ours + total
     names = {name.split(".")[0] for name, _ in reft_model.named_parameters()}
     assert names == {"model", "interventions"}
-
-
-@pytest.mark.parametrize("component", ["block_output", "mlp_output"])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_is_right_or_refused(component: str, reentrant: bool) -> None:
-    model = tiny_model("llama")
-    reft_model = make(model, component=component)
-    batch = random_batch([6, 6])
-    reft_model.train()
-    wanted = gradients(reft_model, batch)
-    reft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    inside = component != "block_output" or not HOOKS_RUN_OUTSIDE
-    with pytest.raises(RuntimeError, match="gradient checkpointing recomputes") if inside else contextlib.nullcontext():
-        found = gradients(reft_model, batch)
-        for one, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    reft_model.gradient_checkpointing_disable()
 
 
 def test_no_plan_is_left_behind() -> None:

@@ -14,7 +14,7 @@ from reft_kernels.autograd import advise, saves_through_hooks
 from reft_kernels.interventions import Intervention, edit_rows
 from reft_kernels.locations import Step
 from reft_kernels.modules import Site
-from reft_kernels.plan import GenerationPlan, Plan, active_plan, in_backward
+from reft_kernels.plan import GenerationPlan, Plan, active_plan, in_backward, is_followed
 
 
 def is_fusable(intervention: nn.Module) -> bool:
@@ -41,16 +41,16 @@ class SiteHook:
         self.side = site.side
         self.owned = site.owned
         self.names = tuple(names)
-        self.edited_with_grad = False
+        self.edited_in_a_checkpoint = False
 
     def steps(self, plan: Plan | None) -> list[Step] | None:
         """What the plan asks for here."""
         if plan is None:
-            if self.edited_with_grad and not torch.compiler.is_compiling() and in_backward():
+            if self.edited_in_a_checkpoint and not torch.compiler.is_compiling() and in_backward():
                 raise RuntimeError(
                     f"gradient checkpointing recomputes {self.path}, whose {self.side} is edited, without the edit: "
-                    "the gradients would be wrong. Turn checkpointing off, or edit block_output with transformers "
-                    "5.23 or later, which runs hooks outside of the checkpoint"
+                    "the gradients would be wrong. Checkpoint with the model's own gradient_checkpointing_enable (of "
+                    "transformers), whose recomputation is edited, or not at all"
                 )
             return None
         return None if plan.steps is None or plan.busy else plan.steps[self.index]
@@ -61,8 +61,9 @@ class SiteHook:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{self.path}: its {self.side} must be a floating-point tensor to be edited, got {kind}")
         h = value
-        if plan.grad:
-            self.edited_with_grad = True
+        if plan.grad and not (torch.compiler.is_compiling() or is_followed()):
+            # A reentrant checkpoint runs its forward without gradients, the other one saves through hooks.
+            self.edited_in_a_checkpoint |= saves_through_hooks() or not torch.is_grad_enabled()
         members = plan.places.sites[self.index]
         may_rebuild = plan.rebuild and not (torch.compiler.is_compiling() or saves_through_hooks())
         for step in steps:
@@ -91,6 +92,7 @@ class SiteHook:
 
     def _check(self, h: Tensor, step: Step, ours: Sequence[nn.Module], plan: Plan) -> None:
         shape = list(h.shape)
+        members = plan.places.sites[self.index]
         for k, intervention in zip(step.members, ours, strict=True):
             width = getattr(intervention, "embed_dim", None)
             if isinstance(width, int) and shape[-1] != width:
@@ -104,6 +106,12 @@ class SiteHook:
             raise ValueError(
                 f"{self.names[step.members[0]]}: positions need an {self.side} of {self.path} of shape [B, S, d] "
                 f"with B = {step.positions.shape[0]}, got {shape}"
+            )
+        highest = -1 if plan.highest is None else max(plan.highest[members[k]] for k in step.members)
+        if highest >= shape[1]:
+            raise ValueError(
+                f"{self.names[step.members[0]]}: unit_locations name position {highest}, but the {self.side} of "
+                f"{self.path} has {shape[1]} tokens"
             )
         if plan.length is not None and shape[1] != plan.length:
             raise ValueError(
@@ -174,6 +182,12 @@ class CallHook:
         if inputs is not None:
             plan.next_call(inputs, kwargs.get("past_key_values"))
 
+    def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Hook of the same model: tells the plan that the call is over."""
+        plan = active_plan(self.owner)
+        if isinstance(plan, GenerationPlan) and not plan.busy:
+            plan.call_is_over(kwargs.get("past_key_values"))
+
 
 def may_write(h: Tensor) -> bool:
     """Whether an edit may overwrite h: a plain tensor of a module's own making that autograd lets be written."""
@@ -215,6 +229,6 @@ def _result(value: Any, rows: Tensor, plan: Plan | None) -> Tensor:
         raise ValueError(
             f"an intervention must return the shape of its rows, {list(rows.shape)}, got {list(result.shape)}"
         )
-    if plan is not None and result is not value:
+    if plan is not None and result is not value and not in_backward():  # not again where a checkpoint recomputes
         plan.outputs.append(value)
     return result.to(rows.dtype)

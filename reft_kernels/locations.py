@@ -37,8 +37,12 @@ class Places(NamedTuple):
 class Locations:
     """Where every intervention edits; base of the two ways to say it."""
 
+    batch: int
+    """How many rows the positions are for."""
     extent: int
-    """Number of tokens that positions refer to; those after it are generated ones."""
+    """Number of tokens that positions refer to; those after it are edited alike."""
+    before_decoder: int = 0
+    """How many tokens come before those that the decoder of an encoder-decoder makes."""
 
     def steps(self, places: Places, window: Window) -> list[list[Step]]:
         """The edits of every site within a window."""
@@ -89,7 +93,8 @@ class SpanLocations(Locations):
         self.spans = tuple(spans)
         self.table = table
         self.first = first
-        self.extent = extent
+        self.batch = table.shape[0]
+        self.extent = self.before_decoder = extent
 
     def steps(self, places: Places, window: Window) -> list[list[Step]]:
         table = None if window.offset >= self.extent else self._fit(self.table, window)
@@ -136,15 +141,37 @@ class NamedLocations(Locations):
     pyvene does it), and by the first of the two where a device tensor does, which nobody reads.
     """
 
-    def __init__(self, given: GivenLocations, extent: int) -> None:
+    def __init__(self, given: GivenLocations, batch: int, extent: int) -> None:
         self.given = given
+        self.batch = batch
         self.extent = extent
+        self.highest: list[int] | None = None
+        self._columns: list[int] | None = None
+
+    def check_at_the_sites(self) -> None:
+        """Note the largest position of every intervention, for sites whose number of tokens the inputs do not tell."""
+        if self.given.host is not None and self.given.host.numel():
+            self.highest = self.given.host.amax(dim=(1, 2)).tolist()
+
+    def expect_parts(self) -> None:
+        """Find out, once, which positions are named, so that parts of the sequence without any cost nothing.
+
+        The one time that a device tensor is read.
+        """
+        table = self.given.table if self.given.host is None else self.given.host
+        self._columns = [] if table is None else table.unique().tolist()
+        self.extent = max(self._columns, default=-1) + 1
+
+    def _is_named_in(self, window: Window) -> bool:
+        if self._columns is None:
+            return True
+        return any(window.offset <= column < window.offset + window.length for column in self._columns)
 
     def steps(self, places: Places, window: Window) -> list[list[Step]]:
         sites = [(members, self._split(members, places)) for members in places.sites]
         keys = {tuple(m[k] for k in run.members) for m, runs in sites for run in runs if not run.whole}
         tables: dict[tuple[int, ...], Tensor] = {}
-        if self.given.table is not None and window.offset < self.extent:
+        if self.given.table is not None and window.offset < self.extent and self._is_named_in(window):
             tables = self._tables(self._fit(self.given.table, window), keys)
         groups: dict[int, Tensor | None] = {}
         found = []
@@ -196,8 +223,9 @@ class NamedLocations(Locations):
 class GeneratedLocations(Locations):
     """Every generated token and none of the prompt."""
 
-    def __init__(self, extent: int, device: torch.device) -> None:
-        self.extent = extent
+    def __init__(self, batch: int, extent: int, device: torch.device) -> None:
+        self.batch = batch
+        self.extent = self.before_decoder = extent
         self.device = device
 
     def steps(self, places: Places, window: Window) -> list[list[Step]]:

@@ -25,6 +25,7 @@ from reft_kernels.modules import (
     called_model,
     find_sites,
     hidden_size,
+    indices_in_decoder,
     inner_model,
     module_device,
 )
@@ -33,6 +34,7 @@ from reft_kernels.plan import Plan, activated
 from reft_kernels.planner import Planner
 from reft_kernels.positions import is_same_for_all
 from reft_kernels.pyvene_methods import PyveneMethods, ReftModelOutput
+from reft_kernels.recompute import Checkpoints
 from reft_kernels.rotate_layer import RotateLayer
 
 
@@ -125,8 +127,9 @@ class ReftModel(PyveneMethods):
         self._owner = _Owner()
         self._register(sites)
         self._planner = Planner(
-            self.model, self.interventions, self.representations, config.tied, self._places, self._owner
-        )
+            self.model, self.interventions, self.representations, config.tied, self._places, self._owner,
+            indices_in_decoder(self.model, sites),
+        )  # fmt: skip
 
     def _register(self, sites: Sequence[Site]) -> None:
         """One hook for each edited side of a module."""
@@ -148,8 +151,11 @@ class ReftModel(PyveneMethods):
                 before = InputHook(self._owner, index, site, names)
                 self._handles.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
         call = CallHook(self._owner)
-        self._handles.append(called_model(self.model).register_forward_pre_hook(call, with_kwargs=True))
-        weakref.finalize(self, _remove, self._handles)
+        body = called_model(self.model)
+        self._handles.append(body.register_forward_pre_hook(call, with_kwargs=True))
+        self._handles.append(body.register_forward_hook(call.after, with_kwargs=True))
+        self._checkpoints = Checkpoints(self.model, sites)
+        weakref.finalize(self, _remove, self._handles, self._checkpoints)
 
     def _rows(self) -> list[OrthonormalRows]:
         """The parametrisations of the built-in interventions, as they are now."""
@@ -178,8 +184,7 @@ class ReftModel(PyveneMethods):
 
     def remove_hooks(self) -> None:
         """Take this model's hooks off the base model, which then knows nothing of it. There is no way back."""
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles, self._checkpoints)
         self._handles = []
 
     # Calling
@@ -258,6 +263,8 @@ class ReftModel(PyveneMethods):
         )
         plan.rebuild = self.config.rebuild
         self._prepare(plan, unit_locations, intervention_additional_kwargs)
+        if plan.grad and not torch.compiler.is_compiling():
+            self._checkpoints.follow()
         with activated(plan), shared_rows(self._rows()):
             edited = self.model(**inputs)
         if base is None and not output_original_output:
@@ -311,9 +318,11 @@ class ReftModel(PyveneMethods):
         )
         original = run(**inputs) if output_original_output else None
         self._prepare(plan, unit_locations, intervention_additional_kwargs)
+        if plan.edits_steps and hasattr(getattr(self.model, "generation_config", None), "disable_compile"):
+            inputs.setdefault("disable_compile", True)  # or each step would be a graph of its own
         with activated(plan), shared_rows(self._rows()):
             edited = run(**inputs)
-        if not plan.calls:
+        if not plan.called:
             called = type(called_model(self.model)).__name__
             raise RuntimeError(f"{type(self.model).__name__}.generate did not call its {called}: nothing was edited")
         if base is None and not output_original_output:
@@ -395,19 +404,33 @@ class ReftModel(PyveneMethods):
         return inspect.Parameter.VAR_KEYWORD in kinds
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The base model's own (transformers 5)."""
+        """The base model's own (transformers 5), see :meth:`gradient_checkpointing_enable`."""
         base: Any = self.model
         base.activation_checkpointing_enable(*args, **kwargs)
+        self._checkpoints.follow()
+
+    def activation_checkpointing_disable(self) -> None:
+        """The base model's own (transformers 5)."""
+        base: Any = self.model
+        base.activation_checkpointing_disable()
+        self._checkpoints.release()
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The base model's own."""
+        """The base model's own: recompute its blocks in the backward, with the edits of their forward.
+
+        Reentrant or not. A reentrant checkpoint around an edit gives it gradients also where the base model is frozen
+        and its inputs require none. Blocks checkpointed by other means raise RuntimeError when they are recomputed
+        without their edits.
+        """
         base: Any = self.model
         base.gradient_checkpointing_enable(*args, **kwargs)
+        self._checkpoints.follow()
 
     def gradient_checkpointing_disable(self) -> None:
         """The base model's own."""
         base: Any = self.model
         base.gradient_checkpointing_disable()
+        self._checkpoints.release()
 
     # On disk
 
@@ -515,10 +538,11 @@ class ReftModel(PyveneMethods):
         model_files.load_adapter(self, Path(load_directory), include_model)
 
 
-def _remove(handles: Sequence[Any]) -> None:
+def _remove(handles: Sequence[Any], checkpoints: Checkpoints) -> None:
     """The base model outlives its ReftModel and should not carry the hooks of one that is gone."""
     for handle in handles:
         handle.remove()
+    checkpoints.release()
 
 
 class _Owner:

@@ -156,6 +156,16 @@ def _site_of_component(model: nn.Module, representation: Representation, prefix:
     )
 
 
+def indices_in_decoder(model: nn.Module, sites: Sequence[Site]) -> frozenset[int]:
+    """Which of the sites lie in the decoder of an encoder-decoder; none of another model's."""
+    if not getattr(text_config(model), "is_encoder_decoder", False):
+        return frozenset()
+    get_decoder = getattr(inner_model(model), "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    return frozenset(index for index, site in enumerate(sites) if id(site.module) in inside)
+
+
 def _descend(module: nn.Module, path: str) -> nn.Module | None:
     for name in filter(None, path.split(".")):
         child = getattr(module, name, None)

@@ -17,6 +17,7 @@ call of a backend forward and one backward.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -137,6 +138,8 @@ class OrthonormalRows(nn.Module):
     @property
     def weight(self) -> Tensor:
         """R [r, d]."""
+        if _reading.apart:
+            return _computed((self,))[0]
         return self._shared if self._shared is not None else orthonormal_rows((self,))[0]
 
     def _key(self) -> tuple[Any, ...] | None:
@@ -244,6 +247,29 @@ def shared_rows(modules: Iterable[OrthonormalRows]) -> Iterator[None]:
     finally:
         for module in chosen:
             module.__dict__["_shared"] = None
+
+
+class _Reading(threading.local):
+    """Whether this thread gives every R that is read a graph of its own."""
+
+    apart = False
+
+
+_reading = _Reading()
+
+
+@contextmanager
+def rows_apart() -> Iterator[None]:
+    """Computes every R when it is read, by itself, so that its backward comes to its own X alone.
+
+    For backwards within a backward, each of which would run through the one node of all R: what counts gradients as
+    they arrive (DistributedDataParallel) would see all X once for each.
+    """
+    before, _reading.apart = _reading.apart, True
+    try:
+        yield
+    finally:
+        _reading.apart = before
 
 
 def _computed(modules: Sequence[OrthonormalRows]) -> Sequence[Tensor]:

@@ -17,10 +17,11 @@ class Plan:
     """The edits of one forward or generation.
 
     ``steps`` holds those of the base model's current call, by site, and is None where nothing is left to edit.
-    ``length`` is the number of tokens that every edited hidden state must have, where that is known. While an
-    intervention that is not of this library runs, the plan is ``busy``: what that calls is not edited. ``rebuild``
-    allows the last edit in place of a site to keep the edited tensor for its backward. ``outputs`` collects what such
-    interventions return besides a tensor, ``additional_kwargs`` are keywords for them.
+    ``length`` is the number of tokens that every edited hidden state must have, where that is known; ``highest`` are
+    the largest positions of the interventions where the edited hidden states alone tell whether they have them. While
+    an intervention that is not of this library runs, the plan is ``busy``: what that calls is not edited. ``rebuild``
+    allows the last edit in place of a site to keep the edited tensor for its backward. ``outputs`` collects what
+    interventions that are not of this library return besides a tensor, ``additional_kwargs`` are keywords for them.
     """
 
     def __init__(
@@ -33,7 +34,6 @@ class Plan:
         inplace: bool,
     ) -> None:
         self.owner = owner
-        self.outer: Plan | None = None
         self.places = places
         self.interventions = interventions
         self.locations = locations
@@ -45,6 +45,7 @@ class Plan:
         self.steps: list[list[Step]] | None = None
         self.length: int | None = None
         self.window: Window | None = None
+        self.highest: Sequence[int] | None = None
         self.moved: dict[tuple[int, torch.device], Tensor] = {}
         self.outputs: list[Any] = []
         self.additional_kwargs: Mapping[str, Any] = {}
@@ -76,46 +77,53 @@ class Plan:
 
 
 class GenerationPlan(Plan):
-    """A plan that follows the calls of `generate`: the prompt in one or several parts, then the cached steps."""
+    """A plan that follows the calls of `generate`: the prompt in one or several parts, then the cached steps.
 
-    calls = 0
-    seen = 0
-    counted = False
-    settled = False
+    ``edits_steps``: positions are named that are generated, so that every step has edits of its own. ``counted`` tells
+    whether the cache's length is counted along here: a cache of fixed size counts on the device, where reading it would
+    make the host wait.
+    """
 
-    def __init__(self, *args: Any, encoder_decoder: bool) -> None:
+    def __init__(self, *args: Any, encoder_decoder: bool, edits_steps: bool) -> None:
         super().__init__(*args)
         self.encoder_decoder = encoder_decoder
+        self.edits_steps = edits_steps
         self.grad = False  # `generate` builds no graph
+        self.called = False
+        self.counted: bool | None = None
+        self.settled = False
+        self.batch = 0
+        self.seen = 0
 
     def next_call(self, inputs: Tensor, past: Any) -> None:
         """See to the steps of a call with these inputs (token ids [B, S] or embeddings [B, S, d])."""
-        batch, length = inputs.shape[:2]
-        self.calls += 1
-        if self.encoder_decoder:
-            # The prompt went through the encoder; what the decoder is called with comes after it.
-            self.look_at(Window(batch, self.locations.extent, length))
+        if self.settled and past is not None:
             return
-        if self.counted and self.settled and past is not None:
-            return
-        offset = self._offset(past, length)
-        # After the prompt every call has the same steps.
-        self.settled = offset >= self.locations.extent
-        self.look_at(Window(batch, offset, length))
-
-    def _offset(self, past: Any, length: int) -> int:
-        """How many tokens the cache holds, without a host synchronisation after the first call."""
-        if past is None:
-            return 0
-        if self.counted:
-            offset = self.seen
-        else:
-            held = cache_length(past)
-            # A cache of fixed size may count on the device: read it once, then count along.
-            self.counted = isinstance(held, Tensor)
-            offset = int(held)
+        self.called = True
+        self.batch, length = inputs.shape[:2]
+        offset = 0
+        if past is not None:
+            offset = self.seen if self.counted else int(cache_length(past))
         self.seen = offset + length
-        return offset
+        self.look_at(Window(self.batch, self._before() + offset, length))
+
+    def call_is_over(self, past: Any) -> None:
+        """Look, once all that is named has been seen, at the steps that every later call has.
+
+        A compiled step of the model is then one graph, as nothing of the plan changes within it.
+        """
+        if self.settled or past is None:
+            return
+        if self.counted is None:
+            self.counted = isinstance(cache_length(past), Tensor)
+        # Caches that grow are cut again where guessed tokens are dropped.
+        if self.counted and self._before() + self.seen >= self.locations.extent:
+            self.settled = True
+            self.look_at(Window(self.batch, self._before() + self.seen, 1))
+
+    def _before(self) -> int:
+        """How many tokens come before those of the cache: the prompt went through the encoder, if there is one."""
+        return self.locations.before_decoder if self.encoder_decoder else 0
 
 
 def cache_length(past: Any) -> int | Tensor:
@@ -126,9 +134,10 @@ def cache_length(past: Any) -> int | Tensor:
 
 
 class _Active(threading.local):
-    """The innermost plan of each thread."""
+    """The plans of each thread, the innermost last, and whether all of this is run again under them if at all."""
 
-    plan: Plan | None = None
+    plans: tuple[Plan, ...] = ()
+    followed = False
 
 
 _active = _Active()
@@ -137,21 +146,41 @@ _active = _Active()
 @contextmanager
 def activated(plan: Plan) -> Iterator[None]:
     """Make the plan the one its owner's hooks follow, within this thread."""
-    plan.outer = _active.plan
-    _active.plan = plan
+    outer = _active.plans
+    _active.plans = (*outer, plan)
     try:
         yield
     finally:
-        _active.plan = plan.outer
-        plan.outer = None
+        _active.plans = outer
+
+
+def active_plans() -> tuple[Plan, ...]:
+    """The plans of this thread that may edit, the innermost last."""
+    return tuple(plan for plan in _active.plans if not plan.busy)
+
+
+@contextmanager
+def following(plans: tuple[Plan, ...]) -> Iterator[None]:
+    """Make these plans, and no others, the active ones of a part of a forward and of its recomputation alike."""
+    outer = _active.plans, _active.followed
+    _active.plans, _active.followed = plans, True
+    try:
+        yield
+    finally:
+        _active.plans, _active.followed = outer
+
+
+def is_followed() -> bool:
+    """Whether what runs now is recomputed, if it is, within :func:`following`."""
+    return _active.followed
 
 
 def active_plan(owner: object) -> Plan | None:
     """The innermost active plan of this owner."""
-    plan = _active.plan
-    while plan is not None and plan.owner is not owner:
-        plan = plan.outer
-    return plan
+    for plan in reversed(_active.plans):
+        if plan.owner is owner:
+            return plan
+    return None
 
 
 def in_backward() -> bool:

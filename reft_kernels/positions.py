@@ -272,6 +272,15 @@ def is_same_for_all(locations: Any) -> bool:
     return _is_int(value) or (_is_list(value) and len(value) > 0 and all(_is_int(v) for v in value))
 
 
+def batch_of_locations(locations: Any) -> int | None:
+    """For how many rows locations in a form of :func:`read_unit_locations` are; None for those that fit any number."""
+    value = _base_part(locations)
+    if isinstance(value, Tensor):
+        return value.shape[1] if value.dim() == 3 else None
+    parts = value if _is_list(value) else []
+    return next((len(part) for part in parts if _is_list(part)), None)
+
+
 def _base_part(locations: Any) -> Any:
     if not isinstance(locations, Mapping):
         return locations
