@@ -7,7 +7,6 @@ import inspect
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +32,10 @@ from reft_kernels.orthogonal import OrthonormalRows, shared_rows
 from reft_kernels.plan import Plan, activated
 from reft_kernels.planner import Planner
 from reft_kernels.positions import is_same_for_all
-from reft_kernels.pyvene_methods import PyveneMethods, ReftModelOutput
+from reft_kernels.pyvene_methods import ReftModelOutput
 from reft_kernels.recompute import Checkpoints
 from reft_kernels.rotate_layer import RotateLayer
+from reft_kernels.saved_model import SavedModel
 
 
 def get_reft_model(
@@ -69,7 +69,7 @@ def get_reft_model(
     return reft_model
 
 
-class ReftModel(PyveneMethods):
+class ReftModel(SavedModel):
     """A base model whose hidden states are edited while it is called through this one.
 
     Args:
@@ -434,31 +434,6 @@ class ReftModel(PyveneMethods):
 
     # On disk
 
-    def save(
-        self,
-        save_directory: str | os.PathLike[str],
-        save_to_hf_hub: bool = False,
-        hf_repo_name: str = "my-awesome-model",
-        include_model: bool = False,
-        format: str = "reft_kernels",
-    ) -> None:
-        """Write the adapter to a folder, whole or not at all; an adapter that is there is replaced.
-
-        Args:
-            save_directory: a new or empty folder, or an adapter's.
-            save_to_hf_hub: also put the folder into the repository ``hf_repo_name`` of the hub, as one commit.
-            include_model: also save the base model's trainable parameters (a classifier head, LoRA).
-            format: "reft_kernels", safetensors and JSON with every setting and the exact state; "pyreft", which pyreft
-                loads; or "adapterhub", for AdapterHub's ``adapters``. ``load`` reads them all.
-
-        Raises:
-            FileExistsError: the folder holds anything else.
-            ValueError: an unknown format, or edits that AdapterHub does not have.
-        """
-        model_files.save(self, Path(save_directory), include_model, format)
-        if save_to_hf_hub:
-            hub.upload_folder(save_directory, hf_repo_name)
-
     @classmethod
     def load(
         cls,
@@ -499,43 +474,13 @@ class ReftModel(PyveneMethods):
         model_files.check_base(folder, saved, model)
         base_tensors = model_files.read_base_tensors(folder, model) if include_model else {}
         try:
-            reft_model = get_reft_model(model, model_files.config_of(saved))
+            reft_model = cls(model_files.config_of(saved), model)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the adapter in {folder} does not fit: {error}") from error
+        reft_model.set_device()
+        reft_model.disable_model_gradients()
         checkpoint.put_base_tensors(base_tensors, model)
         return reft_model.eval()
-
-    def load_adapter(self, load_directory: str | os.PathLike[str]) -> None:
-        """Put the weights of a saved adapter into these interventions, which must be the same ones.
-
-        Args:
-            load_directory: a folder of any kind that ``load`` or ``load_intervention`` reads.
-
-        Raises FileNotFoundError or ValueError naming file and key; nothing is loaded then.
-        """
-        model_files.load_adapter(self, Path(load_directory))
-
-    def save_intervention(self, save_directory: str | os.PathLike[str], include_model: bool = True) -> None:
-        """Write the interventions' weights under pyreft's names, and nothing else of the adapter, into a folder.
-
-        Args:
-            save_directory: made where it is missing; other files in it are left alone.
-            include_model: also save the base model's trainable parameters.
-        """
-        model_files.save_weights(self, Path(save_directory), include_model)
-
-    def load_intervention(self, load_directory: str | os.PathLike[str], include_model: bool = True) -> None:
-        """Put saved weights into these interventions, on whatever device they are.
-
-        Args:
-            load_directory: a folder that ``save_intervention`` or ``save`` of this library or of pyreft wrote, or a
-                checkpoint of pyreft's trainer.
-            include_model: also load the base model's saved parameters; the folder must have them if any parameter of
-                the base model is trainable.
-
-        Raises FileNotFoundError or ValueError naming file and key; nothing is loaded then.
-        """
-        model_files.load_adapter(self, Path(load_directory), include_model)
 
 
 def _remove(handles: Sequence[Any], checkpoints: Checkpoints) -> None:

@@ -18,7 +18,7 @@ from reft_kernels.modules import hidden_size, inner_model, text_config
 from reft_kernels.tensor_files import read_pickle, read_safetensors
 
 if TYPE_CHECKING:
-    from reft_kernels.model import ReftModel
+    from reft_kernels.saved_model import SavedModel
 
 FORMATS = ("reft_kernels", "pyreft", "adapterhub")
 
@@ -56,7 +56,7 @@ def find_format(folder: Path) -> str:
     )
 
 
-def save(reft_model: ReftModel, folder: Path, include_model: bool, file_format: str) -> None:
+def save(reft_model: SavedModel, folder: Path, include_model: bool, file_format: str) -> None:
     """The body of ``ReftModel.save``."""
     if file_format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {file_format!r}")
@@ -86,7 +86,7 @@ def save(reft_model: ReftModel, folder: Path, include_model: bool, file_format: 
         write(folder, description, modules, base_tensors, _check_replaceable)
 
 
-def save_weights(reft_model: ReftModel, folder: Path, include_model: bool) -> None:
+def save_weights(reft_model: SavedModel, folder: Path, include_model: bool) -> None:
     """The body of ``ReftModel.save_intervention``."""
     base_tensors = _trainable(reft_model.model) if include_model else None
     pyreft_files.save_weights(folder, dict(reft_model.interventions.items()), base_tensors)
@@ -185,7 +185,7 @@ def read_base_tensors(folder: Path, model: nn.Module, optional: bool = False) ->
     return checkpoint.check_base_tensors(path, (read_safetensors if ours else read_pickle)(path), model)
 
 
-def load_adapter(reft_model: ReftModel, folder: Path, include_model: bool = False) -> None:
+def load_adapter(reft_model: SavedModel, folder: Path, include_model: bool = False) -> None:
     """The body of ``ReftModel.load_adapter`` and of ``load_intervention``."""
     states = _read_states(reft_model, folder)
     base_tensors = {}
@@ -196,7 +196,7 @@ def load_adapter(reft_model: ReftModel, folder: Path, include_model: bool = Fals
     checkpoint.put_base_tensors(base_tensors, reft_model.model)
 
 
-def _read_states(reft_model: ReftModel, folder: Path) -> dict[str, dict[str, Any]]:
+def _read_states(reft_model: SavedModel, folder: Path) -> dict[str, dict[str, Any]]:
     """The states of a saved adapter's interventions that this model's own can load, by key."""
     modules = reft_model.interventions
     found = find_format(folder)
@@ -218,7 +218,7 @@ def _read_states(reft_model: ReftModel, folder: Path) -> dict[str, dict[str, Any
     return states
 
 
-def _read_pyreft_states(reft_model: ReftModel, folder: Path) -> dict[str, dict[str, Any]]:
+def _read_pyreft_states(reft_model: SavedModel, folder: Path) -> dict[str, dict[str, Any]]:
     """As ``_read_states``, of a folder that may not say more than places and classes, or not even those."""
     modules = reft_model.interventions
     if find_format(folder) == "pyreft":
@@ -243,7 +243,7 @@ def _classes(modules: nn.ModuleDict) -> dict[str, type[nn.Module]]:
     return {type(module).__name__: type(module) for module in modules.values()}
 
 
-def _check_same_places(reft_model: ReftModel, folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+def _check_same_places(reft_model: SavedModel, folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     keys = [entry["key"] for entry in entries]
     if keys != reft_model.keys:
         odd = sorted(set(keys) ^ set(reft_model.keys)) or keys
