@@ -1,7 +1,7 @@
 """Parity with the authors' pyreft, which `make test-pyreft` and `make test-pinned` install.
 
-Where pyreft is missing nothing is collected here. On the transformers that pyreft pins, whose Trainer is older than ours
-can be, the data sets and trainers are left out.
+Where pyreft is missing nothing is collected here. On the transformers that pyreft pins, whose Trainer is older than
+ours can be, the data sets and trainers are left out.
 """
 
 from __future__ import annotations
