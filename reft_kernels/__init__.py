@@ -29,7 +29,7 @@ from reft_kernels.stiefel_adamw import StiefelAdamW
 if TYPE_CHECKING:
     from reft_kernels.config import ReftConfig
     from reft_kernels.model import ReftModel, get_reft_model
-    from reft_kernels.training import ReftTrainerForCausalLM, make_supervised_data_module
+    from reft_kernels.training import ReftTrainerForCausalLM, as_pretrained_model, make_supervised_data_module
 
 __version__ = "0.1.0"
 
@@ -45,6 +45,7 @@ __all__ = [
     "ReftModel",
     "ReftTrainerForCausalLM",
     "StiefelAdamW",
+    "as_pretrained_model",
     "available_backends",
     "consreft",
     "direft",
@@ -66,6 +67,7 @@ _LAZY = {
     "ReftModel": "reft_kernels.model",
     "get_reft_model": "reft_kernels.model",
     "ReftTrainerForCausalLM": "reft_kernels.training",
+    "as_pretrained_model": "reft_kernels.training",
     "make_supervised_data_module": "reft_kernels.training",
 }
 

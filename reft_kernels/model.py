@@ -7,7 +7,8 @@ import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from reft_kernels.modules import (
     text_config,
 )
 from reft_kernels.orthogonal import OrthonormalRows, shared_rows
-from reft_kernels.plan import activated
+from reft_kernels.plan import Plan, activated, active_plan
 from reft_kernels.planner import Planner
 from reft_kernels.recompute import Checkpoints
 
@@ -88,6 +89,7 @@ class ReftModel(nn.Module):
         self.model = model
         self.config = reft_config
         self.inplace = True
+        self._edits = True
         self.interventions = nn.ModuleDict()
         self.representations: list[Representation] = []
         self.keys: list[str] = []
@@ -231,10 +233,7 @@ class ReftModel(nn.Module):
         plan = self._planner.of_forward(
             inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace
         )
-        plan.rebuild = self.config.rebuild
-        if plan.grad and not torch.compiler.is_compiling():
-            self._checkpoints.follow()
-        with activated(plan), shared_rows(self._rows()):
+        with self._edited(plan):
             edited = self.model(**inputs)
         if base is None and not output_original_output:
             return edited
@@ -281,14 +280,57 @@ class ReftModel(nn.Module):
         original = run(**inputs) if output_original_output else None
         if plan.edits_steps and hasattr(getattr(self.model, "generation_config", None), "disable_compile"):
             inputs.setdefault("disable_compile", True)  # or each step would be a graph of its own
-        with activated(plan), shared_rows(self._rows()):
+        with self._edited(plan):
             edited = run(**inputs)
-        if not plan.called:
+        if self._edits and not plan.called:
             called = type(called_model(self.model)).__name__
             raise RuntimeError(f"{type(self.model).__name__}.generate did not call its {called}: nothing was edited")
         if base is None and not output_original_output:
             return edited
         return original, edited
+
+    @contextmanager
+    def edited(
+        self,
+        inputs: Mapping[str, Any],
+        unit_locations: Any = None,
+        intervention_locations: Tensor | None = None,
+        positions: str | None = None,
+        subspaces: Any = None,
+    ) -> Iterator[None]:
+        """Within this context a call of the base model, by whoever makes it with these inputs, is edited.
+
+        Arguments as ``forward``.
+        """
+        plan = self._planner.of_forward(
+            inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace
+        )
+        with self._edited(plan):
+            yield
+
+    def is_editing(self) -> bool:
+        """Whether this thread is within a call or a generation that is edited."""
+        return active_plan(self._owner) is not None
+
+    @contextmanager
+    def _edited(self, plan: Plan) -> Iterator[None]:
+        if not self._edits:
+            yield
+            return
+        plan.rebuild = self.config.rebuild
+        if plan.grad and not torch.compiler.is_compiling():
+            self._checkpoints.follow()
+        with activated(plan), shared_rows(self._rows()):
+            yield
+
+    @contextmanager
+    def disable_edits(self) -> Iterator[None]:
+        """Within this context the model is called, and generates, as its base model does without edits."""
+        edits, self._edits = self._edits, False
+        try:
+            yield
+        finally:
+            self._edits = edits
 
     # Modes, devices, parameters
 

@@ -16,6 +16,7 @@ from reft_kernels.training.evaluate import (
     extract_answer,
     generate_texts,
 )
+from reft_kernels.training.pretrained import as_pretrained_model
 from reft_kernels.training.trainer import ReftTrainerForCausalLM, last_complete_checkpoint
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ReftTrainerForCausalLM",
     "SupervisedCollator",
     "SupervisedDataset",
+    "as_pretrained_model",
     "build_prompt",
     "encode_prompts",
     "evaluate_accuracy",

@@ -182,7 +182,7 @@ class ReftTrainerForCausalLM(Trainer):  # type: ignore[misc,unused-ignore]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            _save_beside(self.model, Path(output_dir if output_dir is not None else self.args.output_dir))
+            save_beside(self.model, Path(output_dir if output_dir is not None else self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load(resume_from_checkpoint)
@@ -221,7 +221,7 @@ class _TargetColumns:
         return batch
 
 
-def _save_beside(model: ReftModel, folder: Path) -> None:
+def save_beside(model: ReftModel, folder: Path) -> None:
     """`model.save(folder)` for a folder that may hold other files, such as the Trainer's.
 
     A crash leaves the old adapter, the new one, or a folder that is no adapter; never a mixture of two.
