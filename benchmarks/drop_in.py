@@ -48,7 +48,11 @@ from benchmarks.smollm2 import smollm2_folder
 RESULTS = ROOT / "benchmarks" / "results" / "drop_in_cpu.json"
 ENDS = 7
 SIDES = ("none", "pyreft", "patched", "reft_kernels", "adapters")
-PACKAGES = {"pyreft": "pyreft", "patched": "pyreft", "adapters": "adapters"}
+# The sizes of SmolLM2-135M.
+SMOLLM2 = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 @dataclass
@@ -66,8 +70,13 @@ class Side:
 
 
 def base_model(arguments: argparse.Namespace) -> Any:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    if arguments.random:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval()
+        return model.requires_grad_(False).to(arguments.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = LlamaForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32).eval()
@@ -325,7 +334,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": versions,
         "commit": commit(),
         "utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-        "model": "SmolLM2-135M, fp32, dequantised Q4_1",
+        "model": "SmolLM2-135M, fp32, " + ("random weights" if arguments.random else "dequantised Q4_1"),
         "intervention": f"LoReFT, 30 layers, rank {arguments.rank}, f{ENDS}+l{ENDS}, tied, fp32",
         "batch": arguments.batch,
         "tokens": arguments.tokens,
@@ -391,6 +400,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--random", action="store_true", help="random weights: needs no package with the model")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     if arguments.rounds < 2:

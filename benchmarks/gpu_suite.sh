@@ -5,8 +5,8 @@
 #
 # OUT is the folder for results, benchmarks/results/gpu by default; every piece writes its output to OUT/PIECE.txt, and
 # timings and ceilings write their files as they go, so that a piece that is cut off loses nothing that came before.
-# Pieces, in the order in which they run: build native tests ceilings timings orthonormal sanitizer plots. GPU_SUITE_ONLY and PYTHON
-# (python3) may be set instead. Needs only torch, Triton and pytest, and what Triton compiles its launchers with: a C
+# Pieces, in the order in which they run: build native tests ceilings timings orthonormal model sanitizer plots.
+# GPU_SUITE_ONLY and PYTHON (python3) may be set instead. Needs only torch, Triton and pytest, and what Triton compiles its launchers with: a C
 # compiler (CC, gcc or clang) and Python.h. `native` builds the CUDA C++ kernels for this GPU, which takes nvcc, cmake
 # and pybind11 as well; a library with CUDA kernels that lies there already (REFT_KERNELS_FORCE_CUDA_BUILD=1
 # TORCH_CUDA_ARCH_LIST=9.0a python setup.py build_ext --inplace, on any machine) is taken as it is. Tests run in parallel: by pytest-xdist, or where that is not installed in
@@ -15,7 +15,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-pieces=(build native tests ceilings timings orthonormal sanitizer plots)
+pieces=(build native tests ceilings timings orthonormal model sanitizer plots)
 out=benchmarks/results/gpu
 only=${GPU_SUITE_ONLY:-}
 limit=530
@@ -135,7 +135,7 @@ pytest_within() {
   # -v and the -q of pyproject.toml cancel out. Of a test that hangs, faulthandler prints where; to end its workers and
   # print what failed until then, pytest-xdist takes ten seconds.
   timeout --foreground --kill-after=12 "$seconds" "$python" -m pytest -vv -o faulthandler_timeout=60 \
-    -p no:cacheprovider python_tests/test_edit_gpu.py python_tests/test_orthonormal_gpu.py "$@"
+    -p no:cacheprovider python_tests/test_edit_gpu.py python_tests/test_orthonormal_gpu.py python_tests/test_model_gpu.py "$@"
 }
 tests() {
   local beside='gpu and not alone' last=60 workers i status=0 shards=()
@@ -170,6 +170,9 @@ timings() {
 orthonormal() {
   "$python" -m benchmarks.orthonormal --device cuda --seconds 0.1 --out "$out"
 }
+model() {
+  "$python" -m benchmarks.drop_in --device cuda --random --rounds 15 --out "$out/drop_in.json"
+}
 sanitizer() {
   local tool status=0
   "$python" -m benchmarks.sanitizer_case || return # compiles the kernels before a sanitizer slows everything down
@@ -184,7 +187,7 @@ plots() {
   "$python" -m benchmarks.run --suite ops --device cuda --out "$out" --only plots
 }
 
-declare -A seconds_of=([build]=45 [native]=60 [tests]=160 [ceilings]=25 [timings]=125 [orthonormal]=25 [sanitizer]=75 [plots]=15)
+declare -A seconds_of=([build]=45 [native]=60 [tests]=160 [ceilings]=25 [timings]=110 [orthonormal]=25 [model]=25 [sanitizer]=65 [plots]=15)
 names=() results=() spent=()
 note() { names+=("$1") results+=("$2") spent+=("$3"); }
 
@@ -208,7 +211,7 @@ run() {
 
 sanitizer_program=$(sanitizer_path)
 export out python sanitizer_program
-export -f arch build native pytest_within tests ceilings timings orthonormal sanitizer plots
+export -f arch build native pytest_within tests ceilings timings orthonormal model sanitizer plots
 
 device 2>&1 | tee "$out/device.txt"
 has_gpu=$((PIPESTATUS[0] == 0))

@@ -500,6 +500,41 @@ def test_parameters_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert names == {"model", "interventions"}
 
 
+def test_edits_can_be_disabled() -> None:
+    reft_model = make(tiny_model("llama"))
+    batch = random_batch([6, 4], side="left")
+    options = {"max_new_tokens": 2, "do_sample": False}
+    wanted, generated = reft_model(**batch).logits, reft_model.generate(**batch, **options)
+    plain = reft_model.model(**batch).logits
+    with reft_model.disable_edits():
+        assert reft_model(**batch).logits.equal(plain)
+        assert reft_model({"input_ids": batch["input_ids"]}, unit_locations=[[[0], [1]]] * 2 * LAYERS)[0] is None
+        with reft_model.disable_edits():
+            pass
+        assert reft_model.generate(**batch, **options).equal(reft_model.model.generate(**batch, **options))
+    with pytest.raises(ValueError, match="position 9"), reft_model.disable_edits():
+        reft_model(**batch, unit_locations=9)
+    assert reft_model(**batch).logits.equal(wanted)
+    assert reft_model.generate(**batch, **options).equal(generated)
+
+
+def test_calls_of_the_base_model_are_edited_where_it_is_asked_for() -> None:
+    """Within ``edited``: what calls the base model itself, or its parts, is edited too."""
+    model = tiny_model("llama")
+    reft_model = make(model)
+    batch = random_batch([6, 4])
+    wanted = reft_model(**batch).logits
+    assert not reft_model.is_editing()
+    with reft_model.edited(batch):
+        assert reft_model.is_editing()
+        assert model(**batch).logits.equal(wanted)
+        assert model.lm_head(model.model(**batch).last_hidden_state).equal(wanted)
+    assert not reft_model.is_editing()
+    assert not model(**batch).logits.equal(wanted)
+    with reft_model.edited(batch, positions="l1"):
+        assert model(**batch).logits.equal(reft_model(**batch, positions="l1").logits)
+
+
 def test_no_plan_is_left_behind() -> None:
     reft_model = make(tiny_model("llama"))
     batch = random_batch([6])

@@ -2,90 +2,42 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import random_batch, tiny_model
+from tiny_models import random_batch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import (
+    CASES,
+    STEPS,
+    WORLD,
+    as_launched,
+    assert_trained_alike,
+    free_port,
+    in_processes,
+    joint_batch,
+    make,
+    share,
+    train,
+    whole,
+)
 
-from reft_kernels.config import ReftConfig
-from reft_kernels.model import ReftModel, get_reft_model
+from reft_kernels.model import ReftModel
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo"),
 ]
-WORLD = 2
-STEPS = 3
-CASES = [
-    {"component": component, "reentrant": reentrant}
-    for component in ("block_output", "mlp_output")
-    for reentrant in (None, False, True)
-]
-
-
-def make(component: str = "block_output", reentrant: bool | None = None) -> ReftModel:
-    torch.manual_seed(0)
-    config = ReftConfig(method="loreft", layers="all", rank=2, positions="f1+l1", tied=False, component=component)
-    reft_model = get_reft_model(tiny_model("llama"), config).train()
-    if reentrant is not None:
-        reft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return reft_model
-
-
-def joint_batch() -> Tensor:
-    return torch.randint(3, 40, (2 * WORLD, 6), generator=torch.Generator().manual_seed(1))
-
-
-def train(
-    model: nn.Module, parameters: list[nn.Parameter], ids: Tensor, after_backward: Callable[[], None] | None = None
-) -> Tensor:
-    """The losses of a few steps."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    losses = []
-    for _ in range(STEPS):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        if after_backward is not None:
-            after_backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def assert_trained_alike(found: ReftModel, losses: Tensor, case: dict[str, Any]) -> None:
-    """As one process trains on the joint batch; ``losses`` are those of this process."""
-    alone = make(case["component"])
-    wanted = train(alone, list(alone.interventions.parameters()), joint_batch())
-    assert wanted[-1] < wanted[0]
-    losses = losses.clone()
-    dist.all_reduce(losses)
-    torch.testing.assert_close(losses / WORLD, wanted, rtol=1e-5, atol=1e-5, msg=str(case))
-    for one, other in zip(found.interventions.parameters(), alone.interventions.parameters(), strict=True):
-        torch.testing.assert_close(whole(one.detach()), other.detach(), rtol=1e-4, atol=1e-5, msg=str(case))
-
-
-def in_processes(work: Callable[..., None], *args: Any) -> None:
-    torch.multiprocessing.spawn(work, args=args, nprocs=WORLD)
 
 
 def started(rank: int, rendezvous: str) -> Tensor:
     """This process's share of the joint batch."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    return joint_batch()[2 * rank : 2 * rank + 2]
+    return share(rank)
 
 
 def data_parallel(rank: int, rendezvous: str) -> None:
@@ -152,11 +104,7 @@ def test_fully_sharded(tmp_path: Path) -> None:
 def accelerated(rank: int, port: int, shard: bool) -> None:
     import accelerate
 
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    as_launched(rank, port)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     try:
         if shard:  # which accelerate offers on accelerators alone
@@ -194,10 +142,7 @@ def accelerated(rank: int, port: int, shard: bool) -> None:
 @pytest.mark.parametrize("shard", [False, True], ids=["data parallel", "fully sharded"])
 def test_accelerate(shard: bool) -> None:
     pytest.importorskip("accelerate")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    in_processes(accelerated, port, shard)
+    in_processes(accelerated, free_port(), shard)
 
 
 def test_accelerate_in_one_process() -> None:

@@ -12,6 +12,7 @@ import transformers
 from hand_edits import edited_by_hand, ends, strengthen
 from tiny_models import random_batch, tiny_model
 
+from reft_kernels import as_pretrained_model
 from reft_kernels.config import ReftConfig
 from reft_kernels.model import ReftModel, get_reft_model
 
@@ -97,3 +98,23 @@ def test_gradient_checkpointing(name: str, tmp_path: Path) -> None:
     found = torch.autograd.grad(reft_model(**batch, use_cache=False).loss, parameters)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_transformers_trainer(name: str, tmp_path: Path) -> None:
+    """Which refuses quantised models without an adapter that it knows."""
+    pytest.importorskip("accelerate")
+    tiny_model("llama", hidden_size=64, intermediate_size=64, head_dim=32).save_pretrained(tmp_path / "base")
+    reft_model = get_reft_model(
+        BASES[name](tmp_path / "base", torch.float32), ReftConfig(method="loreft", layers="all", rank=2)
+    )
+    ids = torch.randint(3, 50, (6,))
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=4, learning_rate=0.002, save_strategy="no", report_to="none", use_cpu=True,
+        disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    for model in (reft_model, as_pretrained_model(reft_model)):
+        trainer = transformers.Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids}] * 8)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert losses[-1] < losses[0]

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         ReftTrainerForCausalLM,
         ReftTrainerForCausalLMDistributed,
         ReftTrainerForSequenceClassification,
+        as_pretrained_model,
         make_last_position_supervised_chat_data_module,
         make_last_position_supervised_data_module,
         make_multiple_position_supervised_data_module,
@@ -80,6 +81,7 @@ __all__ = [
     "ReftType",
     "StiefelAdamW",
     "TaskType",
+    "as_pretrained_model",
     "available_backends",
     "consreft",
     "direft",
@@ -127,6 +129,7 @@ _LAZY = {
     "make_last_position_supervised_chat_data_module": "reft_kernels.training",
     "make_last_position_supervised_data_module": "reft_kernels.training",
     "make_multiple_position_supervised_data_module": "reft_kernels.training",
+    "as_pretrained_model": "reft_kernels.training",
     "make_supervised_data_module": "reft_kernels.training",
 }
 

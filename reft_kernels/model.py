@@ -6,7 +6,8 @@ import dataclasses
 import inspect
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from reft_kernels.modules import (
     module_device,
 )
 from reft_kernels.orthogonal import OrthonormalRows, shared_rows
-from reft_kernels.plan import Plan, activated
+from reft_kernels.plan import Plan, activated, active_plan
 from reft_kernels.planner import Planner
 from reft_kernels.positions import is_same_for_all
 from reft_kernels.pyvene_methods import ReftModelOutput
@@ -107,6 +108,7 @@ class ReftModel(SavedModel):
         self.config = config
         self.pyreft_compat = pyreft_compat
         self.inplace = True
+        self._edits = True
         self.interventions = nn.ModuleDict()
         self.representations: list[Representation] = []
         self.keys: list[str] = []
@@ -261,11 +263,8 @@ class ReftModel(SavedModel):
         plan = self._planner.of_forward(
             inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace
         )
-        plan.rebuild = self.config.rebuild
         self._prepare(plan, unit_locations, intervention_additional_kwargs)
-        if plan.grad and not torch.compiler.is_compiling():
-            self._checkpoints.follow()
-        with activated(plan), shared_rows(self._rows()):
+        with self._edited(plan):
             edited = self.model(**inputs)
         if base is None and not output_original_output:
             return edited
@@ -320,9 +319,9 @@ class ReftModel(SavedModel):
         self._prepare(plan, unit_locations, intervention_additional_kwargs)
         if plan.edits_steps and hasattr(getattr(self.model, "generation_config", None), "disable_compile"):
             inputs.setdefault("disable_compile", True)  # or each step would be a graph of its own
-        with activated(plan), shared_rows(self._rows()):
+        with self._edited(plan):
             edited = run(**inputs)
-        if not plan.called:
+        if self._edits and not plan.called:
             called = type(called_model(self.model)).__name__
             raise RuntimeError(f"{type(self.model).__name__}.generate did not call its {called}: nothing was edited")
         if base is None and not output_original_output:
@@ -343,6 +342,49 @@ class ReftModel(SavedModel):
             self.use_fast = self.use_fast or is_same_for_all(unit_locations)
             if self.use_fast:
                 plan.write_as_first_row()
+
+    @contextmanager
+    def edited(
+        self,
+        inputs: Mapping[str, Any],
+        unit_locations: Any = None,
+        intervention_locations: Tensor | None = None,
+        positions: str | None = None,
+        subspaces: Any = None,
+    ) -> Iterator[None]:
+        """Within this context a call of the base model, by whoever makes it with these inputs, is edited.
+
+        Arguments as ``forward``.
+        """
+        plan = self._planner.of_forward(
+            inputs, unit_locations, intervention_locations, positions, subspaces, self.inplace
+        )
+        with self._edited(plan):
+            yield
+
+    def is_editing(self) -> bool:
+        """Whether this thread is within a call or a generation that is edited."""
+        return active_plan(self._owner) is not None
+
+    @contextmanager
+    def _edited(self, plan: Plan) -> Iterator[None]:
+        if not self._edits:
+            yield
+            return
+        plan.rebuild = self.config.rebuild
+        if plan.grad and not torch.compiler.is_compiling():
+            self._checkpoints.follow()
+        with activated(plan), shared_rows(self._rows()):
+            yield
+
+    @contextmanager
+    def disable_edits(self) -> Iterator[None]:
+        """Within this context the model is called, and generates, as its base model does without edits."""
+        edits, self._edits = self._edits, False
+        try:
+            yield
+        finally:
+            self._edits = edits
 
     # Modes, devices, parameters
 

@@ -26,6 +26,7 @@ from reft_kernels.training.evaluate import (
     generate_texts,
 )
 from reft_kernels.training.pair_datasets import ReftPreferenceDataset, ReftRewardDataset
+from reft_kernels.training.pretrained import as_pretrained_model
 from reft_kernels.training.pyreft_datasets import ReftDataset, ReftRawDataset
 from reft_kernels.training.task_datasets import (
     ReftClassificationDataset,
@@ -53,6 +54,7 @@ __all__ = [
     "ReftTrainerForSequenceClassification",
     "SupervisedCollator",
     "SupervisedDataset",
+    "as_pretrained_model",
     "build_prompt",
     "encode_prompts",
     "evaluate_accuracy",
