@@ -45,8 +45,8 @@ class Tokens(NamedTuple):
     device: torch.device
     source: Tensor
     """Token ids [B, S], embeddings [B, S, d], or what the model makes its tokens of [B, ...]."""
-    others: tuple[int, ...]
-    """The batch sizes of other inputs whose rows may be edited: a model may take more images than texts."""
+    batches: tuple[int, ...]
+    """The different batch sizes of all inputs whose rows may be edited: a model may take more images than texts."""
 
 
 @dataclass
@@ -194,13 +194,13 @@ class Planner:
         if tokens is None:
             raise ValueError(f"unit_locations need input_ids, inputs_embeds or pixel_values, got {sorted(inputs)}")
         if intervention_locations is None:
-            named = batch_of_locations(unit_locations) if tokens.others else None
-            batch = named if named is not None and named in tokens.others else tokens.batch
+            named = batch_of_locations(unit_locations)
+            batch = named if named in tokens.batches else tokens.batch
             given = read_unit_locations(unit_locations, count, batch, tokens.device)
         else:
             batch = tokens.batch
             shape = getattr(intervention_locations, "shape", None)
-            if shape is not None and len(shape) == 3 and shape[0] in tokens.others:
+            if shape is not None and len(shape) == 3 and shape[0] in tokens.batches:
                 batch = shape[0]
             if shape is None or len(shape) != 3 or tuple(shape[:2]) != (batch, count):
                 raise ValueError(
@@ -211,7 +211,7 @@ class Planner:
         if generating:
             return NamedLocations(given, batch, 0)
         locations = NamedLocations(given, batch, _ANY_LENGTH)
-        if tokens.length is None or tokens.others or self.decoder:
+        if tokens.length is None or len(tokens.batches) > 1 or self.decoder:
             locations.check_at_the_sites()
         elif given.highest is not None and given.highest >= tokens.length:
             raise ValueError(f"unit_locations name position {given.highest}, but the input has {tokens.length} tokens")
@@ -276,8 +276,11 @@ class Planner:
             return None
         source = found[name]
         is_text = name in text and (name != "inputs" or main in (None, *_TEXT))
-        others = tuple(found[key].shape[0] for key in _OTHERS if key in found and key != name)
-        return Tokens(source.shape[0], source.shape[1] if is_text else None, source.device, source, others)
+        batches = [source.shape[0]]  # no set: a compiler would take its members for constants
+        for key in _OTHERS:
+            if key in found and found[key].shape[0] not in batches:
+                batches.append(found[key].shape[0])
+        return Tokens(source.shape[0], source.shape[1] if is_text else None, source.device, source, tuple(batches))
 
     def _is_causal(self) -> bool:
         can_generate = getattr(inner_model(self.model), "can_generate", None)
