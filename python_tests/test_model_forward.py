@@ -252,7 +252,7 @@ def test_two_interventions_of_one_place_both_learn_from_a_collated_batch() -> No
     modules = [LoreftIntervention(embed_dim=WIDTH, low_rank_dimension=2) for _ in range(2)]
     reft_model = get_reft_model(tiny_model("llama"), ReftConfig([{"layer": 1, "intervention": m} for m in modules]))
     batch = random_batch([6, 6])
-    table = torch.tensor([[[5], [5]]] * 2)  # [B, I, P]
+    table = torch.tensor([[[2], [2]]] * 2)  # [B, I, P]
     reft_model(**batch, intervention_locations=table, labels=batch["input_ids"]).loss.backward()
     for module in modules:
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
