@@ -204,6 +204,7 @@ def make_trl(**settings: Any) -> tuple[ReftModel, Any]:
 def arguments_of(kind: Any, folder: Path, **options: Any) -> Any:
     defaults: dict[str, Any] = {"learning_rate": 0.02, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     defaults |= {"per_device_train_batch_size": 8, "save_strategy": "no", "logging_steps": 1, "bf16": False, "seed": 0}
+    defaults["gradient_checkpointing"] = False  # TRL's default is True, and edits are counted
     return kind(str(folder), **{**defaults, **options})
 
 
