@@ -119,6 +119,47 @@ def test_generation_stays(llama: nn.Module, intervene_on_prompt: bool) -> None:
     assert torch.equal(model.generate(base, unit_locations=where, **options)[1], expected)
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_beams": 2, "num_return_sequences": 2}])
+@torch.no_grad()
+def test_beams_of_one_prompt(llama: nn.Module, options: dict[str, Any]) -> None:
+    model = model_of(llama, [stock("LoreftIntervention", WIDTH, RANK) for _ in LAYERS])
+    for module in model.interventions.values():
+        module.learned_source.bias.fill_(9)
+    base = {name: ids[:1] for name, ids in inputs().items()}
+    where = {"sources->base": (None, [[[0, 4, 7]], [[3, 6, 7]]])}
+    options = {"max_new_tokens": 5, "do_sample": False, "intervene_on_prompt": True, **options}
+    expected = model.generate(base, unit_locations=where, **options)[1]
+    patch_pyreft()
+    assert torch.equal(model.generate(base, unit_locations=where, **options)[1], expected)
+    plain = model.model.generate(**base, max_new_tokens=5, do_sample=False, num_beams=options["num_beams"])
+    assert plain[0].tolist() != expected[0].tolist()
+
+
+@pytest.mark.parametrize("intervene_on_prompt", [True, False])
+@torch.no_grad()
+def test_beams_of_several_prompts_are_those_of_each(llama: nn.Module, intervene_on_prompt: bool) -> None:
+    """Stock cannot; of tokens it writes the first beam's row into all beams."""
+    model = model_of(llama, [stock("LoreftIntervention", WIDTH, RANK) for _ in LAYERS])
+    base = inputs()
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3, "intervene_on_prompt": intervene_on_prompt}
+    patch_pyreft()
+
+    def generate(rows: slice) -> torch.Tensor:
+        where = {"sources->base": (None, [layer[rows] for layer in LOCATIONS])} if intervene_on_prompt else None
+        return model.generate({"input_ids": base["input_ids"][rows]}, unit_locations=where, **options)[1]
+
+    assert torch.equal(generate(slice(2)), torch.cat([generate(slice(1)), generate(slice(1, 2))]))
+
+
+@torch.no_grad()
+def test_rows_of_positions_that_differ_in_length(llama: nn.Module) -> None:
+    patch_pyreft()
+    model = model_of(llama, [new("LoreftIntervention") for _ in LAYERS])
+    for ragged in ([[], [3]], [[3], []], [[1, 2], [3]]):
+        with pytest.raises(ValueError, match="unit_locations: expected rows of one length"):
+            model(inputs(), unit_locations={"sources->base": (None, [ragged, ragged])})
+
+
 @pytest.mark.parametrize("component", ["mlp_output", "attention_output", "block_input", "model.layers[1].mlp.output"])
 @torch.no_grad()
 def test_other_components_stay(llama: nn.Module, component: str) -> None:
