@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyreft
@@ -169,6 +169,93 @@ def test_other_components_stay(llama: nn.Module, component: str) -> None:
     expected = model(base, unit_locations=WHERE)[1].logits
     patch_pyreft()
     assert_equal_within(model(base, unit_locations=WHERE)[1].logits, expected, 5e-6, "logits")
+
+
+def _two_layers(module: Any) -> None:
+    module.learned_source = nn.Sequential(nn.Linear(WIDTH, 5), nn.Linear(5, RANK))
+
+
+def _own_dropout(module: Any) -> None:
+    module.dropout = nn.Tanh()
+
+
+def _own_forward(module: Any) -> None:
+    stock_class = type(module)
+    module.forward = lambda base, source=None, subspaces=None: 2 * stock_class.forward(module, base)
+
+
+def _forward_hook(module: Any) -> None:
+    module.register_forward_hook(lambda _, args, output: 2 * output)
+
+
+def _pre_hook(module: Any) -> None:
+    module.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+
+
+def _hook_of_a_part(module: Any) -> None:
+    module.learned_source.register_forward_hook(lambda _, args, output: 2 * output)
+
+
+def _forward_of_a_part(module: Any) -> None:
+    layer = module.rotate_layer
+    layer.forward = lambda x: 2 * (x @ layer.weight)
+
+
+def _own_linear(module: Any) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    module.learned_source = Doubled(WIDTH, RANK)
+
+
+def _own_activation(module: Any) -> None:
+    class ReLU(nn.Module):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input.square()
+
+    module.act_fn = ReLU()
+
+
+def _biasless(module: Any) -> None:
+    module.learned_source = nn.Linear(WIDTH, RANK, bias=False)
+
+
+def _drop_all(module: Any) -> None:
+    module.dropout = nn.Dropout(1.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _two_layers, _own_dropout, _own_forward, _forward_hook, _pre_hook, _hook_of_a_part, _forward_of_a_part,
+        _own_linear, _own_activation, _biasless, _drop_all,
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_changed_interventions_run_as_in_stock(llama: nn.Module, change: Callable[[Any], None]) -> None:
+    modules = [stock("LoreftIntervention", WIDTH, RANK) for _ in LAYERS]
+    model = model_of(llama, modules)
+    base = inputs()
+    unchanged = model(base, unit_locations=WHERE)[1].logits
+    for module in modules:
+        change(module)
+    expected, rows = model(base, unit_locations=WHERE)[1].logits, modules[0](torch.ones(2, WIDTH))
+    assert not torch.equal(expected, unchanged)
+    patch_pyreft()
+    assert_equal_within(model(base, unit_locations=WHERE)[1].logits, expected, 5e-6, "logits")
+    assert_equal_within(modules[0](torch.ones(2, WIDTH)), rows, 5e-6, "rows")
+
+
+@torch.no_grad()
+def test_a_part_in_a_mode_of_its_own(llama: nn.Module) -> None:
+    patch_pyreft()
+    model = model_of(llama, [new("LoreftIntervention", dropout=0.5) for _ in LAYERS])
+    for module in model.interventions.values():
+        module.dropout.eval()
+    base = inputs()
+    one, other = (model(base, unit_locations=WHERE)[1].logits for _ in range(2))
+    assert torch.equal(one, other)
 
 
 class _Ops(TorchDispatchMode):

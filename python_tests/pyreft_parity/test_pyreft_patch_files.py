@@ -166,6 +166,22 @@ def test_own_classes_are_left_to_pyreft(tmp_path: Path) -> None:
     assert "Own" in json.loads((tmp_path / "saved" / "config.json").read_text())["intervention_types"][0]
 
 
+def test_other_parts_are_saved_by_pyreft(tmp_path: Path) -> None:
+    """A learned_source of two layers has no place in a sidecar; its weights are those of stock's state dict."""
+    modules = [pyreft.LoreftIntervention(**settings("LoreftIntervention", WIDTH, RANK)) for _ in LAYERS]
+    for module in modules:
+        module.learned_source = nn.Sequential(nn.Linear(WIDTH, 5), nn.Linear(5, RANK))
+    model = pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=representations(LAYERS, modules, RANK)))
+    model.save(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "reft_kernels.json").exists()
+    state = modules[0].state_dict()
+    assert {"0.weight", "1.weight", "rotate_layer"} <= set(state)
+    unpatch_pyreft()
+    expected = modules[0].state_dict()
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
 # Trainers
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reft_kernels.checkpoint import LISTED_CONFIG, refuse_other_files, stamped
 from reft_kernels.compat import pyreft_files
-from reft_kernels.compat.patched_interventions import activation_name, rows
+from reft_kernels.compat.patched_interventions import activation_name, has_own_parts, rows
 from reft_kernels.compat.replacement import Replacement
 from reft_kernels.folders import replace_folder
 from reft_kernels.hub import local_folder
@@ -27,8 +27,9 @@ def replacements(pyreft: Any, pyvene: Any) -> Iterator[Replacement]:
     """State dicts, folders, and the trainer's checkpoints."""
     for name, ours in INTERVENTIONS.items():
         cls = getattr(pyreft, name)
-        yield Replacement(cls, "state_dict", _state_dict(ours), "pyreft's keys alone, nn.Module's inside of a model")
-        yield Replacement(cls, "load_state_dict", _load_state_dict(ours), "R stays orthonormal when training goes on")
+        write, read = _state_dict(cls.state_dict, ours), _load_state_dict(cls.load_state_dict, ours)
+        yield Replacement(cls, "state_dict", write, "pyreft's keys alone, nn.Module's inside of a model")
+        yield Replacement(cls, "load_state_dict", read, "R stays orthonormal when training goes on")
     model, reft_model, trainer = pyvene.IntervenableModel, pyreft.ReftModel, pyreft.ReftTrainer
     yield Replacement(
         model, "load_intervention", _load_intervention, "any device; no code from files; names of older pyvene"
@@ -58,10 +59,12 @@ def operands(intervention: Any, ours: type[Intervention]) -> Operands:
     return Operands(R, W, b, c)
 
 
-def _state_dict(ours: type[Intervention]) -> Callable[..., dict[str, Any]]:
+def _state_dict(stock: Callable[..., Any], ours: type[Intervention]) -> Callable[..., dict[str, Any]]:
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if args or kwargs.get("destination") is not None or kwargs.get("prefix"):
             return nn.Module.state_dict(self, *args, **kwargs)
+        if not has_own_parts(self, ours):
+            return dict(stock(self, **kwargs))
         found = operands(self, ours)
         bias = not ours.orthonormal and found.c is not None
         return write_state(found, orthonormal=ours.orthonormal, subtract=ours.subtract, add_bias=bias)
@@ -69,11 +72,14 @@ def _state_dict(ours: type[Intervention]) -> Callable[..., dict[str, Any]]:
     return state_dict
 
 
-def _load_state_dict(ours: type[Intervention]) -> Callable[..., Any]:
+def _load_state_dict(stock: Callable[..., Any], ours: type[Intervention]) -> Callable[..., Any]:
     @torch.no_grad()
     def load_state_dict(self: Any, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        if any(name.startswith("rotate_layer.rows.") for name in state_dict):
+        as_written = isinstance(getattr(self, "rotate_layer", None), RotateLayer)
+        if as_written and any(name.startswith("rotate_layer.rows.") for name in state_dict):
             return nn.Module.load_state_dict(self, state_dict, *args, **kwargs)
+        if not has_own_parts(self, ours):
+            return stock(self, state_dict, *args, **kwargs)
         R, W, b, c = read_operands(state_dict)
         mine = operands(self, ours)
         found = {"R": (R, mine.R), "W": (W, mine.W), "b": (b, mine.b), "c": (c, mine.c)}
@@ -132,7 +138,7 @@ def _entry(self: Any, key: str) -> dict[str, Any]:
 
 def _settings(module: Any) -> dict[str, Any]:
     ours = INTERVENTIONS.get(type(module).__name__)
-    if ours is None:
+    if ours is None or not has_own_parts(module, ours):
         return {}
     found = operands(module, ours)
     assert found.R is not None
