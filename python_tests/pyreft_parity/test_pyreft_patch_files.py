@@ -10,6 +10,7 @@ from typing import Any
 
 import pyreft
 import pytest
+import pyvene
 import torch
 import transformers
 from peer import CLASSES, CONSTRAINED, WITH_PROJ, WITH_W, assert_equal_within, representations, settings
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 import reft_kernels
 from reft_kernels import patch_pyreft, unpatch_pyreft
+from reft_kernels.pyreft_layout import read_operands
 
 LAYERS, WIDTH, RANK = (0, 2), 32, 3
 OLD_TRAINER = int(transformers.__version__.split(".")[0]) < 5
@@ -180,6 +182,160 @@ def test_other_parts_are_saved_by_pyreft(tmp_path: Path) -> None:
     expected = modules[0].state_dict()
     assert set(state) == set(expected)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+# Our form of R in files of stock pyvene
+
+
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_our_model_reads_what_was_saved_after_the_patch(name: str, tmp_path: Path) -> None:
+    """Stock's state dict of them has our rows in it."""
+    model = model_of(name)
+    with torch.no_grad():
+        for module in model.interventions.values():
+            module.rotate_layer.rows.X.add_(torch.randn_like(module.rotate_layer.rows.X).tril(-1), alpha=0.3)
+    unpatch_pyreft()
+    model.save(str(tmp_path / "saved"))
+    again = reft_kernels.ReftModel.load(tmp_path / "saved", llama())
+    for ours, theirs in zip(again.interventions.values(), model.interventions.values(), strict=True):
+        if name == "LoreftIntervention":  # by its own state dict, which has R alone
+            assert torch.allclose(ours.rotate_layer.weight, theirs.rotate_layer.weight, atol=1e-6)
+        else:
+            assert torch.equal(ours.rotate_layer.rows.X, theirs.rotate_layer.rows.X)
+            assert torch.equal(ours.rotate_layer.weight, theirs.rotate_layer.weight)
+    base = inputs()
+    assert_equal_within(logits(again, base), logits(model, base), 5e-6, "logits")
+    polar = reft_kernels.ReftModel.load(tmp_path / "saved", llama(), orthogonality="polar")
+    assert_equal_within(logits(polar, base), logits(model, base), 5e-6, "logits")
+
+
+def test_the_patch_reads_them_too(tmp_path: Path) -> None:
+    model = model_of("DireftIntervention")
+    base = inputs()
+    expected = logits(model, base)
+    unpatch_pyreft()
+    model.save(str(tmp_path / "saved"))
+    made_before = model_of("DireftIntervention")
+    patch_pyreft()
+    again = pyreft.ReftModel.load(str(tmp_path / "saved"), llama())
+    assert_equal_within(logits(again, base), expected, 5e-6, "logits")
+    made_before.load_intervention(str(tmp_path / "saved"), include_model=False)
+    assert_equal_within(logits(made_before, base), expected, 5e-6, "logits")
+
+
+@pytest.mark.parametrize("orthogonality", ["householder", "polar", "none"])
+def test_our_interventions_saved_by_stock_pyvene(orthogonality: str, tmp_path: Path) -> None:
+    unpatch_pyreft()
+    keywords = settings("DireftIntervention", WIDTH, RANK, act_fn="relu")
+    modules = [reft_kernels.DireftIntervention(**keywords, orthogonality=orthogonality) for _ in LAYERS]
+    model = pyvene.IntervenableModel(representations(LAYERS, modules, RANK), llama())
+    model.save(str(tmp_path / "saved"))
+    base = inputs()
+    options = {"act_fn": "relu", "orthogonality": orthogonality}
+    again = reft_kernels.ReftModel.load(tmp_path / "saved", llama(), **options)
+    assert_equal_within(logits(again, base), logits(model, base), 5e-6, "logits")
+    for ours, theirs in zip(again.interventions.values(), modules, strict=True):
+        assert torch.allclose(ours.rotate_layer.weight, theirs.rotate_layer.weight, atol=1e-6)
+    other = reft_kernels.ReftModel.load(tmp_path / "saved", llama(), act_fn="relu")
+    assert_equal_within(logits(other, base), logits(model, base), 5e-6, "logits")
+
+
+def test_the_rows_of_a_state_dict() -> None:
+    module = reft_kernels.LoreftIntervention(embed_dim=WIDTH, low_rank_dimension=RANK)
+    with torch.no_grad():
+        module.rotate_layer.rows.X.add_(torch.randn(WIDTH, RANK).tril(-1))
+    state = module.state_dict()
+    found = read_operands(state)
+    assert found.R.dtype == torch.float64
+    assert torch.allclose(found.R.float(), module.rotate_layer.rows.weight, atol=1e-6)
+    assert torch.equal(found.W, module.learned_source.weight)
+    with pytest.raises(ValueError, match="X is there without rotate_layer.rows.signs"):
+        read_operands({key: value for key, value in state.items() if not key.endswith("signs")})
+    with pytest.raises(ValueError, match=r"expected X \[d, r\], reflectors"):
+        read_operands({**state, "rotate_layer.rows.signs": torch.ones(RANK + 1)})
+    with pytest.raises(ValueError, match="one operand is there twice"):
+        read_operands({**state, "rotate_layer": torch.eye(WIDTH, RANK)})
+
+
+# The base model's parameters, and the sidecar
+
+
+def with_trained_base() -> Any:
+    model = model_of("LoreftIntervention")
+    for name, parameter in model.model.named_parameters():
+        if "o_proj" in name:
+            parameter.requires_grad_()
+            with torch.no_grad():
+                parameter.mul_(1.5)
+    return model
+
+
+def test_the_base_models_parameters_are_loaded(tmp_path: Path) -> None:
+    model = with_trained_base()
+    model.save(str(tmp_path / "saved"), include_model=True)
+    base = inputs()
+    expected = logits(model, base)
+    again = pyreft.ReftModel.load(str(tmp_path / "saved"), llama(), include_model=True)
+    assert_equal_within(logits(again, base), expected, 5e-6, "logits")
+    other = model_of("LoreftIntervention")
+    other.load_intervention(str(tmp_path / "saved"))
+    assert_equal_within(logits(other, base), expected, 5e-6, "logits")
+    without = pyreft.ReftModel.load(str(tmp_path / "saved"), llama())
+    assert not torch.allclose(logits(without, base), expected, atol=1e-3)
+
+
+def test_base_parameters_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    model = with_trained_base()
+    model.save(str(folder))
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is missing"):
+        pyreft.ReftModel.load(str(folder), llama(), include_model=True)
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is missing"):
+        model.load_intervention(str(folder))
+    model_of("LoreftIntervention").load_intervention(str(folder))  # whose base is not trained
+    for tensors, message in (
+        ({"model.layers.9.weight": torch.ones(1)}, "has no parameter model.layers.9.weight"),
+        ({"lm_head.weight": torch.ones(3, 3)}, r"lm_head.weight must be \[64, 32\], got \[3, 3\]"),
+    ):
+        torch.save(tensors, folder / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=message):
+            pyreft.ReftModel.load(str(folder), llama(), include_model=True)
+        with pytest.raises(ValueError, match=message):
+            model.load_intervention(str(folder))
+
+
+def test_a_sidecar_of_what_was_there_before_is_removed(tmp_path: Path) -> None:
+    class Own(pyreft.LoreftIntervention):
+        """A class that no file can name."""
+
+    folder = tmp_path / "saved"
+    model_of("LoreftIntervention").save(str(folder))
+    assert (folder / "reft_kernels.json").exists()
+    modules = [Own(**settings("LoreftIntervention", WIDTH, RANK)) for _ in LAYERS]
+    own = pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=representations(LAYERS, modules, RANK)))
+    own.save(str(folder))
+    assert not (folder / "reft_kernels.json").exists()
+
+
+def test_the_sidecar_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: list[dict[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, name: str) -> None:
+            assert name == "me/adapter"
+
+        def upload_file(self, **file: Any) -> None:
+            uploaded.append(file)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    model = model_of("LoreftIntervention")
+    model.save(str(tmp_path / "here"), save_to_hf_hub=False)
+    assert not uploaded
+    model.save(str(tmp_path / "saved"), save_to_hf_hub=True, hf_repo_name="me/adapter")
+    names = [Path(file["path_or_fileobj"]).name for file in uploaded]
+    assert names == [file["path_in_repo"] for file in uploaded]
+    assert set(names) == {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {file["repo_id"] for file in uploaded} == {"me/adapter"}
 
 
 # Trainers

@@ -82,10 +82,10 @@ def has_own_parts(intervention: Any, ours: type[Intervention]) -> bool:
     Dropout of everything is not among them: no other class here takes it.
     """
     R = getattr(intervention, "rotate_layer" if ours.orthonormal else "proj_layer", None)
-    source = getattr(intervention, "learned_source", None)
+    source: Any = getattr(intervention, "learned_source", None)
     rotates = _is_rotate_layer(R) if ours.orthonormal else _computes_as(R, nn.Linear)
     learns = _computes_as(source, nn.Linear) and source.bias is not None if ours.has_W else isinstance(source, Tensor)
-    dropout = getattr(intervention, "dropout", None)
+    dropout: Any = getattr(intervention, "dropout", None)
     drops = not ours.takes_dropout or (_computes_as(dropout, nn.Dropout) and dropout.p < 1)
     return bool(rotates and learns and drops)
 

@@ -41,8 +41,9 @@ def _constructor(cls: Any) -> Callable[..., None]:
 def _outputs(intervenable: Any, inputs: Mapping[str, Any], labels: Tensor | None) -> Any:
     """The base model's output, edited (or not, where there is no intervention: a baseline that trains LoRA alone)."""
     model = getattr(intervenable, "module", intervenable)  # DistributedDataParallel's
-    known = inspect.signature(model.model.forward).parameters
-    base = {name: value for name, value in inputs.items() if name in known and name not in _NOT_FOR_THE_MODEL}
+    known = _argument_names(model.model)
+    others = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+    base = {name: value for name, value in others.items() if known is None or name in known}
     locations, subspaces = inputs.get("intervention_locations"), inputs.get("subspaces")
     unit_locations = None
     if locations is not None and len(model.interventions) > 0:
@@ -56,6 +57,16 @@ def _outputs(intervenable: Any, inputs: Mapping[str, Any], labels: Tensor | None
         subspaces=None if subspaces is None else subspaces.permute(1, 0, 2).tolist(),
     )
     return original if edited is None else edited
+
+
+def _argument_names(model: nn.Module) -> set[str] | None:
+    """The arguments of a model's ``forward``, those that PEFT's hands on among them; None where none has a name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    inner = getattr(model, "get_base_model", None)
+    if callable(inner) and any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return names | (_argument_names(inner()) or set()) or None
+    return names or None
 
 
 def _compute_loss(
