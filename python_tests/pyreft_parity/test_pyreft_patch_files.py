@@ -249,7 +249,7 @@ def test_the_rows_of_a_state_dict() -> None:
     assert found.R.dtype == torch.float64
     assert torch.allclose(found.R.float(), module.rotate_layer.rows.weight, atol=1e-6)
     assert torch.equal(found.W, module.learned_source.weight)
-    with pytest.raises(ValueError, match="X is there without rotate_layer.rows.signs"):
+    with pytest.raises(ValueError, match=r"X is there without rotate_layer\.rows\.signs"):
         read_operands({key: value for key, value in state.items() if not key.endswith("signs")})
     with pytest.raises(ValueError, match=r"expected X \[d, r\], reflectors"):
         read_operands({**state, "rotate_layer.rows.signs": torch.ones(RANK + 1)})
@@ -406,6 +406,66 @@ def test_the_trainer_resumes(tmp_path: Path) -> None:
     assert_equal_within(logits(resumed.model, base), logits(whole.model, base), 2e-2, "logits")
     first = pyreft.ReftModel.load(str(tmp_path / "checkpoint-2" / "intervenable_model"), llama())
     assert (logits(first, base) - logits(whole.model, base)).abs().max() > 0.2
+
+
+class _Wrapped(nn.Module):
+    """Hands everything on, as PEFT's model does without a task_type."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+        self.seen: set[str] = set()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen |= set(kwargs)
+        return self.inner(*args, **kwargs)
+
+
+class _WrappedPeft(_Wrapped):
+    def get_base_model(self) -> nn.Module:
+        return self.inner
+
+
+@pytest.mark.parametrize("wrapper", [_Wrapped, _WrappedPeft])
+def test_a_base_model_that_hands_its_arguments_on(wrapper: type[_Wrapped], tmp_path: Path) -> None:
+    class Rows(_Rows):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return {**super().__getitem__(index), "id": torch.tensor(index)}
+
+    model = model_of("LoreftIntervention", component="inner.model.layers[1].output", base=wrapper(llama()))
+    rows = Rows()
+
+    def collate(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        found = torch.utils.data.default_collate(batch)
+        return {**found, "intervention_locations": found["intervention_locations"][:, :1]}
+
+    trainer = pyreft.ReftTrainerForCausalLM(
+        model=model, args=arguments(tmp_path, max_steps=1), train_dataset=rows, data_collator=collate
+    )
+    trainer.train()
+    assert model.model.seen == {"input_ids", "attention_mask", "labels"}
+    outputs = trainer.compute_loss(model, collate([rows[0], rows[1]]), return_outputs=True)[1]
+    assert outputs.logits.shape == (2, 8, 64)
+
+
+def test_extra_columns_do_not_reach_the_base_model(tmp_path: Path) -> None:
+    """Where it says what it takes, and where the model that it hands on to does."""
+    batch = torch.utils.data.default_collate([_Rows()[0], _Rows()[1]])
+    batch = {**batch, "extra": torch.ones(2), "intervention_locations": batch["intervention_locations"][:, :1]}
+    for base, component in (
+        (llama(), "model.layers[1].output"),
+        (_WrappedPeft(llama()), "inner.model.layers[1].output"),
+    ):
+        model = model_of("LoreftIntervention", component=component, base=base)
+        trainer = pyreft.ReftTrainerForCausalLM(model=model, args=arguments(tmp_path))
+        names: list[str] = []
+        base.register_forward_pre_hook(lambda _, args, kwargs, names=names: names.extend(kwargs), with_kwargs=True)
+        trainer.compute_loss(model, batch)
+        assert set(names) == {"input_ids", "attention_mask", "labels"}
 
 
 @pytest.mark.skipif(OLD_TRAINER, reason="the older Trainer takes tokenizer=")
