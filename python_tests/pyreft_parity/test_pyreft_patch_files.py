@@ -502,3 +502,76 @@ def test_sequence_classification(labels: int, tmp_path: Path) -> None:
     assert any("eval_error" in entry for entry in trainer.state.log_history)
     assert seen[-1].predictions.shape == (6, labels)
     assert seen[-1].predictions.dtype == torch.float32
+
+
+def test_subspaces_reach_an_own_class(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Own(pyreft.LoreftIntervention):
+        def forward(self, base: torch.Tensor, source: Any = None, subspaces: Any = None) -> torch.Tensor:
+            seen.append(subspaces)
+            return super().forward(base)
+
+    modules = [Own(**settings("LoreftIntervention", WIDTH, RANK)) for _ in LAYERS]
+    model = pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=representations(LAYERS, modules, RANK)))
+    trainer = pyreft.ReftTrainerForCausalLM(model=model, args=arguments(tmp_path))
+    batch = torch.utils.data.default_collate([_Rows()[0], _Rows()[1]])
+    subspaces = torch.tensor([[[0], [1]], [[2], [1]]])  # [batch, intervention, subspace]
+    trainer.compute_loss(model, {**batch, "subspaces": subspaces})
+    assert seen == [[[0], [2]], [[1], [1]]]
+    seen.clear()
+    trainer.compute_loss(model, batch)
+    assert seen == [None, None]
+
+
+def test_a_model_without_interventions_trains_its_base(tmp_path: Path) -> None:
+    """A baseline that trains LoRA alone, on data sets that have locations all the same."""
+    model = pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=[]))
+    weight = model.model.lm_head.weight.requires_grad_()
+    before = weight.detach().clone()
+    trainer = pyreft.ReftTrainerForCausalLM(
+        model=model, args=arguments(tmp_path, max_steps=2), train_dataset=_Rows(), eval_dataset=_Rows(count=4)
+    )
+    batch = torch.utils.data.default_collate([_Rows()[0], _Rows()[1]])
+    expected = model.model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+    assert torch.equal(trainer.compute_loss(model, batch), expected)
+    del batch["intervention_locations"]
+    assert torch.equal(trainer.compute_loss(model, batch), expected)
+    trainer.train()
+    assert not torch.equal(weight, before)
+
+
+def test_evaluation_leaves_the_modes(tmp_path: Path) -> None:
+    base = llama(LlamaForSequenceClassification, num_labels=3)
+    model = model_of("LoreftIntervention", base=base, dropout=0.5)
+    training: list[bool] = []
+
+    def metrics(_: Any) -> dict[str, float]:
+        return {"seen": float(len(training))}
+
+    trainer = pyreft.ReftTrainerForSequenceClassification(
+        model=model, args=arguments(tmp_path), eval_dataset=_Rows(3, count=6), compute_metrics=metrics
+    )
+    model.train()
+    first, second = model.interventions.values()
+    second.eval()
+    base.model.layers[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    base.register_forward_hook(lambda module, *_: training.append(module.training or first.training))
+    found = trainer.evaluate()
+    assert found["eval_seen"] > 0
+    assert not any(training)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert first.training
+    assert not second.training
+    assert len(modes) > 20
+
+
+def test_only_one_process_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = pyreft.ReftTrainerForCausalLM(model=model_of("LoreftIntervention"), args=arguments(tmp_path))
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.save_model(str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    monkeypatch.undo()
+    trainer.save_model(str(tmp_path / "other"))
+    assert (tmp_path / "other" / "intervenable_model" / "config.json").exists()

@@ -45,8 +45,10 @@ def _outputs(intervenable: Any, inputs: Mapping[str, Any], labels: Tensor | None
     others = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
     base = {name: value for name, value in others.items() if known is None or name in known}
     locations, subspaces = inputs.get("intervention_locations"), inputs.get("subspaces")
-    unit_locations = None
-    if locations is not None and len(model.interventions) > 0:
+    unit_locations: dict[str, Any] | None = None
+    if len(model.interventions) == 0:
+        unit_locations = {"sources->base": (None, 0)}  # of nothing; without any, pyvene leaves out the labels
+    elif locations is not None:
         by_intervention = locations.permute(1, 0, 2)
         fused = all(is_fused(module) for module in model.interventions.values()) and subspaces is None
         unit_locations = {"sources->base": (None, by_intervention if fused else by_intervention.tolist())}
@@ -105,9 +107,10 @@ def _evaluate(
     from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
     model = self.model
-    modes = [(module, module.training) for module in (model.model, *model.interventions.values())]
-    for module, _ in modes:
-        module.eval()
+    parts = (model.model, model.interventions)
+    modes = [(module, module.training) for part in parts for module in part.modules()]
+    for part in parts:
+        part.eval()
     dataset = self.eval_dataset if eval_dataset is None else eval_dataset
     loader = torch.utils.data.DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
     logits, labels = [], []
@@ -118,7 +121,7 @@ def _evaluate(
             labels.append(batch["labels"].float().cpu())
     finally:
         for module, training in modes:
-            module.train(training)
+            module.training = training
     found = denumpify_detensorize(self.compute_metrics(EvalPrediction(torch.cat(logits), torch.cat(labels))))
     prefix = f"{metric_key_prefix}_"
     metrics = {name if name.startswith(prefix) else prefix + name: value for name, value in found.items()}
