@@ -510,7 +510,7 @@ def test_a_module_that_runs_twice_is_refused(llama: nn.Module, patched: bool) ->
     llama.model.layers[1] = llama.model.layers[0]
     model = model_of(llama, [new("LoreftIntervention") for _ in LAYERS])
     with pytest.raises(Exception, match="called only once"):
-        model(inputs(), unit_locations=WHERE)
+        model(inputs(), unit_locations=WHERE, use_cache=False)
 
 
 def test_locations_in_a_tensor(llama: nn.Module) -> None:
