@@ -161,7 +161,10 @@ def test_rows_of_positions_that_differ_in_length(llama: nn.Module) -> None:
             model(inputs(), unit_locations={"sources->base": (None, [ragged, ragged])})
 
 
-@pytest.mark.parametrize("component", ["mlp_output", "attention_output", "block_input", "model.layers[1].mlp.output"])
+@pytest.mark.parametrize(
+    "component",
+    ["mlp_output", "attention_output", "block_input", "model.layers[1].mlp.output", "model.layers[1].mlp.input"],
+)
 @torch.no_grad()
 def test_other_components_stay(llama: nn.Module, component: str) -> None:
     modules = [stock("LoreftIntervention", WIDTH, RANK) for _ in LAYERS]
