@@ -197,6 +197,27 @@ def test_subspaces() -> None:
         assert not torch.allclose(every[example], found[example], atol=1e-3)
 
 
+@torch.no_grad()
+def test_an_own_forward_on_the_rows_of_a_bf16_model() -> None:
+    """It calls learned_source, in float32 unless it is told otherwise, on what the model has."""
+    module, ids = Subspaces(embed_dim=WIDTH, low_rank_dimension=RANK), inputs()
+    where = {"sources->base": (None, LOCATIONS[:1])}
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        config = pyreft.ReftConfig(representations=entry(1, module))
+        model = pyreft.get_reft_model(tiny_model("llama").to(dtype), config)
+        found.append(model(ids, unit_locations=where, subspaces=[[[0, 2], [1, 2]]])[1].logits)
+    assert found[1].dtype == torch.bfloat16
+    spread = found[0].std()
+    assert (found[1] - found[0]).square().mean().sqrt() < 0.1 * spread
+    for name in ("NoreftIntervention", "NodireftIntervention", "DireftIntervention"):
+        other = getattr(pyreft, name)(embed_dim=WIDTH, low_rank_dimension=RANK)
+        rows = torch.randn(5, WIDTH).bfloat16()
+        for layer in (getattr(other, part, None) for part in ("learned_source", "proj_layer")):
+            if layer is not None:
+                assert torch.equal(layer(rows), nn.functional.linear(rows.float(), layer.weight, layer.bias))
+
+
 def _plain_copy(module: Any) -> Any:
     plain = loreft(act_fn=module.activation)
     plain.load_state_dict(module.state_dict())

@@ -71,6 +71,14 @@ class EditWeights(NamedTuple):
     dropout: float  # 0 in eval mode
 
 
+class CastingLinear(nn.Linear):
+    """nn.Linear of rows of any dtype, in that of the weight: an own ``forward`` may call it on a bf16 model's rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., d] to [..., r]."""
+        return super().forward(input.to(self.weight.dtype))
+
+
 class Intervention(nn.Module):
     """What the six interventions share.
 
@@ -158,9 +166,9 @@ class Intervention(nn.Module):
         if self.orthonormal:
             self.rotate_layer = RotateLayer(d, r, orthogonality or "householder", _rows_of(orthogonal_to))
         else:
-            self.proj_layer = nn.Linear(d, r, bias=self.add_bias and self.has_c, dtype=dtype)
+            self.proj_layer = CastingLinear(d, r, bias=self.add_bias and self.has_c, dtype=dtype)
         if self.has_W:
-            self.learned_source: nn.Module | nn.Parameter = nn.Linear(d, r, dtype=dtype)
+            self.learned_source: nn.Module | nn.Parameter = CastingLinear(d, r, dtype=dtype)
         else:
             self.learned_source = nn.Parameter(torch.rand(r, dtype=wide_default_dtype()))
         if use_fast is not None:

@@ -342,6 +342,17 @@ def test_an_int_position_does_not_stick(llama: nn.Module) -> None:
     assert_equal_within(model(base, unit_locations=WHERE)[1].logits, expected, 5e-6, "logits")
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_pair_of_older_pyvene(name: str) -> None:
+    module = new(name, **({"add_bias": True} if name in WITH_PROJ else {}))
+    with pytest.raises(TypeError, match="not subscriptable"):
+        module[0]
+    patch_pyreft()
+    assert module[0] is module
+    with pytest.raises(IndexError, match="index: expected 0"):
+        module[1]
+
+
 def test_weight_decay_leaves_R(llama: nn.Module) -> None:
     """Stock: one decayed step and R is zero for good."""
     for patched in (False, True):

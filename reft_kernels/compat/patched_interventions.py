@@ -26,7 +26,7 @@ _ACTIVATION_CLASSES = {
 
 
 def replacements(pyreft: Any, pyvene: Any) -> Iterator[Replacement]:
-    """For every class: its constructor, its edit, and the operands of that edit."""
+    """For every class: its constructor, its edit, the operands of that edit, and what stood for the pair (it, hook)."""
     del pyvene
     for name, ours in INTERVENTIONS.items():
         cls = getattr(pyreft, name)
@@ -35,6 +35,9 @@ def replacements(pyreft: Any, pyvene: Any) -> Iterator[Replacement]:
         )
         yield Replacement(cls, "forward", _forward(cls.forward, ours), "one fused edit, one R for each step")
         yield Replacement(cls, "edit_weights", _edit_weights(ours), "the operands of the edit", new=True)
+        yield Replacement(
+            cls, "__getitem__", Intervention.__getitem__, "interventions[key][0] of scripts for older pyvene", new=True
+        )
 
 
 def fused_activation(intervention: nn.Module) -> str | None:
