@@ -144,7 +144,7 @@ def test_beams_of_several_prompts_are_those_of_each(llama: nn.Module, intervene_
     for module in model.interventions.values():
         module.learned_source.bias.fill_(9)
     base = inputs()
-    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3, "intervene_on_prompt": intervene_on_prompt}
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "intervene_on_prompt": intervene_on_prompt}
     locations = [[[0, 7], [6, 5]], [[7, 6], [2, 7]]]
     patch_pyreft()
 
