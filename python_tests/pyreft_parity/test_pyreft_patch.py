@@ -141,12 +141,15 @@ def test_beams_of_one_prompt(llama: nn.Module, options: dict[str, Any]) -> None:
 def test_beams_of_several_prompts_are_those_of_each(llama: nn.Module, intervene_on_prompt: bool) -> None:
     """Stock cannot; of tokens it writes the first beam's row into all beams."""
     model = model_of(llama, [stock("LoreftIntervention", WIDTH, RANK) for _ in LAYERS])
+    for module in model.interventions.values():
+        module.learned_source.bias.fill_(9)
     base = inputs()
-    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3, "intervene_on_prompt": intervene_on_prompt}
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "intervene_on_prompt": intervene_on_prompt}
+    locations = [[[0, 7], [6, 5]], [[7, 6], [2, 7]]]
     patch_pyreft()
 
     def generate(rows: slice) -> torch.Tensor:
-        where = {"sources->base": (None, [layer[rows] for layer in LOCATIONS])} if intervene_on_prompt else None
+        where = {"sources->base": (None, [layer[rows] for layer in locations])} if intervene_on_prompt else None
         return model.generate({"input_ids": base["input_ids"][rows]}, unit_locations=where, **options)[1]
 
     assert torch.equal(generate(slice(2)), torch.cat([generate(slice(1)), generate(slice(1, 2))]))

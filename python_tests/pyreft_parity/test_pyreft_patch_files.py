@@ -184,6 +184,12 @@ def test_other_parts_are_saved_by_pyreft(tmp_path: Path) -> None:
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
+def test_a_learned_source_without_a_bias_is_saved() -> None:
+    module = pyreft.LoreftIntervention(**settings("LoreftIntervention", WIDTH, RANK))
+    module.learned_source = nn.Linear(WIDTH, RANK, bias=False)
+    assert set(module.state_dict()) == {"weight", "rotate_layer"}
+
+
 # Our form of R in files of stock pyvene
 
 
