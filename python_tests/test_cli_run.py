@@ -226,4 +226,6 @@ def test_as_a_module_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "reft_kernels", *argv], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == f"reft_kernels train: error: --data {tmp_path / 'rows.jsonl'}: no such file\n"
+    # Other packages may warn before, when they are imported.
+    assert done.stderr.splitlines()[-1] == f"reft_kernels train: error: --data {tmp_path / 'rows.jsonl'}: no such file"
+    assert "Traceback" not in done.stderr

@@ -98,6 +98,8 @@ def test_restore_keeps_every_setting() -> None:
         (ValueError, {"method": "loreft", "layers": [1], "rank": 1, "dtype": "int"}, "dtype"),
         (ValueError, {"method": "loreft", "layers": [1], "rank": 1, "component": "a.output"}, "in representations"),
         (TypeError, {"representations": "loreft"}, "dict or a list"),
+        (ValueError, {"method": "loreft", "layers": [1], "rank": 1, "dropout": None}, "dropout must be a number"),
+        (TypeError, {"method": "loreft", "layers": [1], "rank": 1, "tied": "no"}, "tied must be True or False"),
         (TypeError, {"representations": [3]}, "got int"),
         (ValueError, {"representations": {"layer": 0}, "method": "loreft"}, "not both"),
         (ValueError, {"representations": {"layer": 0}}, "block_output of layer 0: give intervention"),

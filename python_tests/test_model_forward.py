@@ -241,13 +241,33 @@ def test_a_token_named_twice_is_edited_one_after_the_other(flat: bool) -> None:
     with edited_by_hand([(block(model, "llama", 1), "output", m, t) for m, t in zip(modules, table, strict=True)]):
         wanted = model(**batch).logits
     close(reft_model(**batch, unit_locations=[2, 3] if flat else table).logits, wanted)
-    close(reft_model(**batch, unit_locations=torch.tensor([2])).logits, _first_wins(model, modules[0], batch))
+    one = [[[2], [2]]] * 3
+    with edited_by_hand([(block(model, "llama", 1), "output", m, t) for m, t in zip(modules, one, strict=True)]):
+        wanted = model(**batch).logits
+    close(reft_model(**batch, unit_locations=torch.tensor([2])).logits, wanted)
+    close(reft_model(**batch, unit_locations=torch.tensor(one)).logits, wanted)
 
 
-def _first_wins(model: nn.Module, first: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with edited_by_hand([(block(model, "llama", 1), "output", first, [[2], [2]])]):
-        logits: Tensor = model(**batch).logits
-    return logits
+def test_two_interventions_of_one_place_both_learn_from_a_collated_batch() -> None:
+    modules = [LoreftIntervention(embed_dim=WIDTH, low_rank_dimension=2) for _ in range(2)]
+    reft_model = get_reft_model(tiny_model("llama"), ReftConfig([{"layer": 1, "intervention": m} for m in modules]))
+    batch = random_batch([6, 6])
+    table = torch.tensor([[[2], [2]]] * 2)  # [B, I, P]
+    reft_model(**batch, intervention_locations=table, labels=batch["input_ids"]).loss.backward()
+    for module in modules:
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+
+def test_a_tensor_with_a_prefix_and_a_suffix_is_one_edit() -> None:
+    """The interventions' own positions say that they name no token in common."""
+    reft_model = make(tiny_model("llama"), positions="f2+l2", tied=False)
+    batch = random_batch([8, 8])
+    count = len(reft_model.interventions) // 2
+    table = torch.tensor([[[0, 1]] * 2] * count + [[[6, 7]] * 2] * count)
+    plan = reft_model._planner.of_forward(batch, table, None, None, None, True)
+    assert plan.steps is not None
+    assert all(len(steps) == 1 and steps[0].members == (0, 1) for steps in plan.steps)
+    close(reft_model(**batch, unit_locations=table).logits, reft_model(**batch).logits)
 
 
 def test_overlapping_positions_of_one_layer() -> None:

@@ -7,6 +7,7 @@ import types
 from collections import namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import WIDTH, random_batch, tiny_model
@@ -30,8 +31,11 @@ def entry(layer: int, intervention: Any = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make(*entries: dict[str, Any], **others: Any) -> Any:
-    config = pyreft.ReftConfig(representations=list(entries) or [entry(0), entry(2)])
+def make(*entries: dict[str, Any], component: str | None = None, **others: Any) -> Any:
+    listed = list(entries) or [entry(0), entry(2)]
+    if component is not None:
+        listed = [{**item, "component": component} for item in listed]
+    config = pyreft.ReftConfig(representations=listed)
     return pyreft.get_reft_model(tiny_model("llama"), config, **others)
 
 
@@ -220,6 +224,116 @@ def _plain_copy(module: Any) -> Any:
     return plain
 
 
+class _Normed(pyreft.LoreftIntervention):
+    """Divides by the norm of its rows: a row of zeros would make the gradients of its weights NaN."""
+
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:
+        rows = base / base.norm(dim=-1, keepdim=True)
+        return base + (self.learned_source(rows) - self.rotate_layer(rows)) @ self.rotate_layer.weight.T
+
+
+@pytest.mark.parametrize("where", [[[[2, -1], [3, 4]]], [[[2], [3, 4]]], [[[2, 2], [3, 4]]], [[[], [3]]]])
+def test_own_interventions_see_real_rows_alone(where: Any) -> None:
+    model, ids = make(entry(1, _Normed(embed_dim=WIDTH, low_rank_dimension=RANK))), inputs()
+    model(ids, unit_locations=where, labels=ids["input_ids"])[1].loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.interventions.parameters())
+
+
+def _replaced(change: str) -> Any:
+    module: Any = loreft()
+    if change == "act_fn":
+        module.act_fn = nn.Tanh()
+    elif change == "learned_source":
+        module.learned_source = nn.Sequential(module.learned_source, nn.Tanh())
+    elif change == "dropout":
+        module.dropout = nn.Identity()
+    elif change == "hook":
+        module.register_forward_hook(lambda _module, _args, output: output * 2.0)
+    else:
+        module.forward = lambda base, source=None, subspaces=None: base * 2.0
+    return module
+
+
+@pytest.mark.parametrize("change", ["act_fn", "learned_source", "dropout", "hook", "forward"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_what_is_changed_on_an_intervention_takes_effect(change: str, when: str) -> None:
+    ids, where = inputs(), {"sources->base": (None, LOCATIONS[:1])}
+    module = _replaced(change)
+    model = make(entry(1, module if when == "before" else loreft()))
+    if when == "after":
+        model.interventions[model.sorted_keys[0]] = module
+    h = torch.randn(2, 3, WIDTH)
+    R, delta = module.rotate_layer.weight.T, None
+    source = module.learned_source
+    if change == "act_fn":
+        delta = torch.tanh(source(h)) - h @ R.T
+    elif change in ("learned_source", "dropout"):
+        delta = source(h) - h @ R.T
+    if delta is not None:
+        assert torch.allclose(module(h), h + delta @ R, atol=1e-5)
+    plain = make(entry(1, lambda base, source: module(base)))
+    expected = plain(ids, unit_locations=where)[1].logits
+    assert torch.allclose(model(ids, unit_locations=where)[1].logits, expected, atol=1e-5)
+
+
+class _Strong(pyreft.LoreftIntervention):
+    def __init__(self, strength: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.strength = strength
+
+
+class _Kept(_Strong):
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "strength": self.strength}
+
+
+def test_arguments_of_own_classes_are_saved_or_warned_of(tmp_path: Any) -> None:
+    sizes = {"embed_dim": WIDTH, "low_rank_dimension": RANK}
+    with pytest.warns(UserWarning, match="strength of _Strong is not saved: return it from its settings"):
+        make(entry(1, _Strong(3.0, **sizes))).save(tmp_path / "lost")
+    make(entry(1, _Kept(3.0, **sizes))).save(tmp_path / "kept")
+    again = pyreft.ReftModel.load(tmp_path / "kept", tiny_model("llama"), classes={"_Kept": _Kept})
+    assert next(iter(again.interventions.values())).strength == 3.0
+    with pytest.warns(UserWarning, match="the act_fn of this LoreftIntervention was replaced, and is not saved"):
+        make(entry(1, _replaced("act_fn"))).save(tmp_path / "other")
+
+
+@torch.no_grad()
+def test_positions_of_numpy_and_pairs() -> None:
+    model, ids = make(), inputs()
+    expected = model(ids, unit_locations=WHERE)[1].logits
+    array = np.array(LOCATIONS)
+    for form in (array, list(array), [[[np.int64(p) for p in row] for row in part] for part in LOCATIONS]):
+        assert torch.equal(model(ids, unit_locations={"sources->base": (None, form)})[1].logits, expected)
+    for pair in (([[[7, 7], [7, 7]]] * 2, LOCATIONS), [LOCATIONS, LOCATIONS]):  # the first are a source's
+        assert torch.equal(model(ids, unit_locations={"sources->base": pair})[1].logits, expected)
+    three = model(ids, unit_locations={"base": 3})[1].logits
+    for form in ({"sources->base": (5, 3)}, {"sources->base": [5, 3]}, torch.tensor(3), np.int32(3), {"base": [3]}):
+        assert torch.equal(model(ids, unit_locations=form)[1].logits, three)
+    with pytest.raises(ValueError, match="names positions in a source and none in the base"):
+        model(ids, unit_locations={"sources->base": (4, None)})
+
+
+def test_a_module_that_adds_to_an_edited_output_in_place() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            y = self.mlp(input_ids)
+            y += input_ids
+            return y
+
+    base = Block()
+    model = pyreft.ReftModel([{"component": "mlp.output", "intervention": loreft()}], base)
+    x = torch.randn(2, 4, WIDTH)
+    model(input_ids=x).square().sum().backward()
+    assert all(p.grad is not None for p in model.interventions.parameters())
+    loreft()(x.clone().requires_grad_()).add_(1.0).sum().backward()
+
+
 # Methods
 
 
@@ -241,6 +355,21 @@ def test_methods_of_pyvene() -> None:
     assert module[0] is module  # scripts for pyvene before 0.1.7
     with pytest.raises(IndexError, match="index: expected 0"):
         module[1]
+
+
+def test_dropout_with_any_activation() -> None:
+    module, h = loreft(act_fn="sigmoid", dropout=0.5), torch.randn(64, WIDTH)
+    dropped = (module(h) == 0).float().mean()
+    assert 0.4 < dropped < 0.6
+    assert torch.equal(module.eval()(h), module(h))
+
+
+def test_outputs_are_not_collected_again_in_a_recomputation() -> None:
+    model, ids = make(entry(1, _Add(1.0)), entry(1, loreft()), component="mlp_output"), inputs()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    model(ids, unit_locations=WHERE, labels=ids["input_ids"])[1].loss.backward()
+    assert len(model.full_intervention_outputs) == 1
 
 
 @torch.no_grad()

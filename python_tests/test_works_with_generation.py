@@ -106,9 +106,10 @@ def test_ways_to_decode(way: str, positions: Any) -> None:
     batch = random_batch([7, 4 if padded else 7], side="left")
     rows = [None] * LAYERS if positions is None else positions
     wanted = greedy_by_hand(reft_model.model, batch, NEW, edits_at(reft_model, rows))
-    found = reft_model.generate(**batch, unit_locations=positions, **GREEDY, **WAYS[way])
-    assert found.equal(wanted)
-    assert not found.equal(reft_model.model.generate(**batch, **GREEDY))
+    options = {**GREEDY, **WAYS[way], "output_logits": True, "return_dict_in_generate": True}
+    found = reft_model.generate(**batch, unit_locations=positions, **options)
+    assert found.sequences.equal(wanted)
+    assert not found.logits[-1].equal(reft_model.model.generate(**batch, **options).logits[-1])
 
 
 @pytest.mark.parametrize("settings", [{}, {"positions": "f2+l2"}], ids=["every token", "f2+l2"])

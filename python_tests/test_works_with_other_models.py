@@ -163,7 +163,8 @@ def test_positions_of_encoder_and_decoder_in_generation(use_cache: bool) -> None
     reft_model = make(model, "encoder.block[1].output", "decoder.block[0].output")
     modules = list(reft_model.interventions.values())
     inputs = {"input_ids": ids(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
-    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": use_cache}
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": use_cache, "output_logits": True}
+    options["return_dict_in_generate"] = True
     for rows in ([[[0], [4]], [[2, 5], [0, 3]]], [[[0], [4]], None], [None, [[1], [4]]]):
         edits = [
             (model.encoder.block[1], "output", modules[0], rows[0]),
@@ -171,11 +172,11 @@ def test_positions_of_encoder_and_decoder_in_generation(use_cache: bool) -> None
         ]
         wanted = generated_by_hand(model, inputs, 0, 6, edits)
         found = reft_model.generate(**inputs, unit_locations=rows, **options)
-        assert found.equal(wanted)
-        assert not found.equal(model.generate(**inputs, **options))
+        assert found.sequences.equal(wanted)
+        assert not found.logits[-1].equal(model.generate(**inputs, **options).logits[-1])
     edits = [(model.decoder.block[0], "output", modules[1], None)]
     wanted = generated_by_hand(model, inputs, 0, 6, edits)
-    assert reft_model.generate(**inputs, intervene_on_prompt=False, **options).equal(wanted)
+    assert reft_model.generate(**inputs, intervene_on_prompt=False, **options).sequences.equal(wanted)
 
 
 def test_positions_of_the_prompt_in_the_encoder() -> None:
@@ -248,12 +249,13 @@ def test_speech_to_text() -> None:
         (model.model.encoder.layers[0], "output", modules[0], rows[0]),
         (model.model.decoder.layers[0], "output", modules[1], rows[1]),
     ]
-    options = {"max_new_tokens": 6, "do_sample": False}
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with edited_by_hand(edits):
         wanted = model.generate(**inputs, use_cache=False, **options)
     found = reft_model.generate(**inputs, unit_locations=rows, **options)
-    assert found.equal(wanted)
-    assert not found.equal(model.generate(**inputs, **options))
+    assert found.sequences.equal(wanted.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-4, atol=1e-4)
+    assert not found.logits[-1].equal(model.generate(**inputs, **options).logits[-1])
 
 
 def classifier(architecture: str) -> tuple[Any, nn.Module]:

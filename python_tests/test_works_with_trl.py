@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 from hand_edits import strengthen
-from tiny_models import random_batch, tiny_model
+from tiny_models import VOCABULARY, random_batch, tiny_model
 from torch import Tensor
 from training_support import make_llama, make_tokenizer, rows
 
@@ -122,6 +122,16 @@ def test_copies_are_apart() -> None:
     assert model(**batch).logits.equal(wanted)
 
 
+def test_its_vocabulary_grows_with_the_base_model() -> None:
+    reft_model = make()
+    model = as_pretrained_model(reft_model)
+    model.resize_token_embeddings(VOCABULARY + 3)
+    assert reft_model.model.lm_head is model.lm_head
+    ids = torch.tensor([[VOCABULARY + 2, 4]])
+    assert reft_model(input_ids=ids).logits.shape == (1, 2, VOCABULARY + 3)
+    assert model(input_ids=ids).logits.equal(reft_model(input_ids=ids).logits)
+
+
 def test_what_it_saves(tmp_path: Path) -> None:
     reft_model = make()
     model = as_pretrained_model(reft_model)
@@ -194,6 +204,7 @@ def make_trl(**settings: Any) -> tuple[ReftModel, Any]:
 def arguments_of(kind: Any, folder: Path, **options: Any) -> Any:
     defaults: dict[str, Any] = {"learning_rate": 0.02, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     defaults |= {"per_device_train_batch_size": 8, "save_strategy": "no", "logging_steps": 1, "bf16": False, "seed": 0}
+    defaults["gradient_checkpointing"] = False  # TRL's default is True, and edits are counted
     return kind(str(folder), **{**defaults, **options})
 
 

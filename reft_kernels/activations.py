@@ -23,8 +23,10 @@ class Activation(NamedTuple):
 def find_activation(name: str | None) -> Activation:
     """f by its name in transformers' ``ACT2FN`` (pyreft ``act_fn``); None is linear.
 
-    Raises ValueError for a name that is in neither list.
+    Raises TypeError for what is no name, and ValueError for a name that is in neither list.
     """
+    if not isinstance(name, (str, type(None))):
+        raise TypeError(f"act_fn: expected a name, got {name!r}")
     name = _SAME.get(name or "linear", name or "linear")
     if name in ACTIVATIONS:
         return Activation(name, partial(activate, activation=name))

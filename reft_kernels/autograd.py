@@ -71,7 +71,8 @@ class EditFunction(torch.autograd.Function):
         ctx.weights = problem[1:5]  # views of what is saved, which watches their versions
         ctx.settings = problem[9:]
         ctx.options = options
-        return h if inplace else y.view(h.shape)
+        # Not a view as autograd knows it: whoever adds to the result in place may do so.
+        return h if inplace else torch.ops.aten._unsafe_view(y, h.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from reft_kernels.config import Representation
 from reft_kernels.folders import replace_folder
-from reft_kernels.interventions import INTERVENTIONS, read_dtype
+from reft_kernels.interventions import INTERVENTIONS, Intervention, read_dtype
 from reft_kernels.tensor_files import read_json, read_safetensors, write_json, write_safetensors
 
 CONFIG_FILE = "reft_config.json"
@@ -37,8 +39,14 @@ class SavedAdapter(NamedTuple):
 
 
 def describe_representation(key: str, representation: Representation, intervention: nn.Module) -> dict[str, Any]:
-    """One representation as JSON-able values: its place, the class of its intervention and that one's settings."""
-    settings: Any = getattr(intervention, "settings", None)
+    """One representation as JSON-able values: its place, the class of its intervention and that one's settings.
+
+    Warns of arguments of an own class that its ``settings`` do not name, and of an f that was put in place of f.
+    """
+    get_settings: Any = getattr(intervention, "settings", None)
+    settings = get_settings() if callable(get_settings) else {}
+    for lost in _lost(intervention, settings):
+        warnings.warn(f"{key}: {lost}", stacklevel=5)
     return {
         "key": key,
         "layer": representation.layer,
@@ -46,9 +54,25 @@ def describe_representation(key: str, representation: Representation, interventi
         "low_rank_dimension": representation.low_rank_dimension,
         "positions": representation.positions,
         "intervention": type(intervention).__name__,
-        "settings": settings() if callable(settings) else {},
+        "settings": settings,
         "same_as": None,
     }
+
+
+def _lost(intervention: nn.Module, settings: Mapping[str, Any]) -> list[str]:
+    """What a loaded intervention would lack."""
+    name = type(intervention).__name__
+    found = []
+    if isinstance(intervention, Intervention) and intervention.act_fn is not intervention._activation.function:
+        found.append(f"the act_fn of this {name} was replaced, and is not saved")
+    if INTERVENTIONS.get(name) is None:
+        parameters = inspect.signature(type(intervention).__init__).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names = [one.name for one in parameters if one.kind in kinds and one.name != "self"]
+        unsaved = [one for one in names if one not in settings]
+        if unsaved:
+            found.append(f"{', '.join(unsaved)} of {name} is not saved: return it from its settings() too")
+    return found
 
 
 def save_adapter(

@@ -101,8 +101,10 @@ class ReftConfig:
             raise ValueError(f"orthogonality must be one of {', '.join(ORTHOGONALITIES)}, got {orthogonality!r}")
         if positions is not None:
             parse_positions(positions)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be a number of at least 0 and below 1, got {dropout!r}")
+        if not isinstance(tied, bool):
+            raise TypeError(f"tied must be True or False, got {tied!r}")
         self._listed: list[Representation] | None = None
         if representations is None:
             self._check_short_form()
@@ -233,7 +235,7 @@ class ReftConfig:
 
 def read_layers(layers: str | Iterable[int] | None) -> str | list[int] | None:
     """ "all", or a list of distinct ints of at least 0 from a list or from "0;5;10"."""
-    if layers is None or layers == "all":
+    if layers is None or (isinstance(layers, str) and layers == "all"):
         return layers
     expected = "layers must be 'all', a list of distinct ints of at least 0, or such as '0;5;10'"
     if isinstance(layers, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,15 +17,24 @@ from reft_kernels.locations import Step
 from reft_kernels.modules import Site
 from reft_kernels.plan import GenerationPlan, Plan, active_plan, in_backward, is_followed
 
+_built_in: weakref.WeakKeyDictionary[type[nn.Module], bool] = weakref.WeakKeyDictionary()
+
 
 def is_fusable(intervention: nn.Module) -> bool:
-    """Whether an intervention's edit is one of the built-in formulas: ours, with a forward of its own nowhere."""
-    if not isinstance(intervention, Intervention) or not intervention.is_fused:
+    """Whether an intervention's edit is one of the built-in formulas, and calling it would do nothing besides.
+
+    That is: ours, with no ``forward`` of its own in its class or on itself, no hooks, and parts the kernels know.
+    """
+    if not isinstance(intervention, Intervention) or not _has_built_in_forward(type(intervention)):
         return False
-    for cls in type(intervention).__mro__:
-        if "forward" in vars(cls):
-            return cls.__module__ == builtin.__name__
-    return False
+    hooked = intervention._forward_hooks or intervention._forward_pre_hooks
+    return not hooked and "forward" not in vars(intervention) and intervention.is_fused
+
+
+def _has_built_in_forward(cls: type[nn.Module]) -> bool:
+    if cls not in _built_in:
+        _built_in[cls] = next(one for one in cls.__mro__ if "forward" in vars(one)).__module__ == builtin.__name__
+    return _built_in[cls]
 
 
 class SiteHook:
@@ -211,14 +221,16 @@ def edit_with(
         return _result(intervention(h, None, subspaces, **kwargs), h, plan)
     batch, length, width = h.shape
     named = (positions >= 0) & (positions < length)
-    # Rows that are not named share a row of their own at the end, which is dropped again.
-    index = torch.where(named, positions, length).unsqueeze(-1).expand(-1, -1, width)
-    padded = torch.cat([h, h.new_zeros(batch, 1, width)], dim=1)
-    rows = padded.gather(1, index)
+    target = torch.where(named, positions, length)
+    # A slot without a token is given a row that has one, so that an intervention sees real rows alone. What it makes of
+    # that goes to a row of its own at the end, which is dropped.
+    source = torch.where(named, positions, target.amin(1, keepdim=True).clamp(max=length - 1))
+    rows = h.gather(1, source.unsqueeze(-1).expand(-1, -1, width))
     edited = _result(intervention(rows, None, subspaces, **kwargs), rows, plan)
     if plan is not None and plan.written_as_first_row:
-        index = index[:1].expand(batch, -1, -1)
-    return padded.scatter(1, index, edited)[:, :length].contiguous()
+        target = target[:1].expand(batch, -1)
+    padded = torch.cat([h, h.new_empty(batch, 1, width)], dim=1)
+    return padded.scatter(1, target.unsqueeze(-1).expand(-1, -1, width), edited)[:, :length].contiguous()
 
 
 def _result(value: Any, rows: Tensor, plan: Plan | None) -> Tensor:

@@ -157,7 +157,8 @@ class Intervention(nn.Module):
             dropout = 0.0
         self.embed_dim, self.low_rank_dimension = d, r
         self.activation = activation.name
-        self.act_fn = activation.function
+        self._activation = activation
+        self.act_fn: Any = activation.function
         self.add_bias = bool(add_bias)
         self.dropout = nn.Dropout(dropout)
         dtype = read_dtype(dtype) or torch.float32
@@ -196,20 +197,29 @@ class Intervention(nn.Module):
 
     @property
     def is_fused(self) -> bool:
-        """Whether the kernels know this intervention's f."""
-        return self.activation in ACTIVATIONS
+        """Whether the kernels know f, and the parts are of the kinds that they were made of."""
+        parts: Any = vars(self)["_modules"]
+        source = parts.get("learned_source")
+        known = self.activation in ACTIVATIONS and self.act_fn is self._activation.function
+        linear = isinstance(source, nn.Linear) if self.has_W else source is None
+        rows = RotateLayer if self.orthonormal else nn.Linear
+        return (
+            known
+            and linear
+            and isinstance(parts.get("dropout"), nn.Dropout)
+            and isinstance(parts.get("rotate_layer" if self.orthonormal else "proj_layer"), rows)
+        )
 
     def _plain_edit(self, h: Tensor) -> Tensor:
-        """The edit of every row in plain operations, for any f."""
-        w = self.edit_weights()
-        assert w.W is not None  # without W, f is linear
-        assert w.b is not None
-        rows = h.to(torch.promote_types(h.dtype, w.R.dtype))
-        R = w.R.to(rows.dtype)
-        delta = self.act_fn(F.linear(rows, w.W.to(rows.dtype), w.b.to(rows.dtype)))
-        if w.subtract:
-            delta = delta - F.linear(rows, R, None if w.c is None else w.c.to(rows.dtype))
-        edited: Tensor = self.dropout((rows + delta @ R).to(h.dtype))
+        """The edit of every row by the parts' own calls: any f, and whatever a subclass has put in their places."""
+        up: Any = self.rotate_layer if self.orthonormal else self.proj_layer
+        source: Any = self.learned_source
+        delta = self.act_fn(source(h)) if self.has_W else source
+        if self.subtract:
+            delta = delta - up(h)
+        R = up.weight.T if self.orthonormal else up.weight
+        kind = torch.promote_types(torch.promote_types(h.dtype, R.dtype), delta.dtype)
+        edited: Tensor = self.dropout((h.to(kind) + delta.to(kind) @ R.to(kind)).to(h.dtype))
         return edited
 
     def __getitem__(self, index: int) -> Intervention:
@@ -283,14 +293,14 @@ class Intervention(nn.Module):
         return {name: value for name, value in found.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments, in types that JSON has."""
+        """The constructor's arguments, in types that JSON has. A subclass adds its own, or they are not saved."""
         linear = self.learned_source if self.has_W else None
         dtype = linear.weight.dtype if isinstance(linear, nn.Linear) else torch.float32
         return {
             "embed_dim": self.embed_dim,
             "low_rank_dimension": self.low_rank_dimension,
             "dtype": str(dtype).removeprefix("torch."),
-            "dropout": self.dropout.p,
+            "dropout": getattr(self.dropout, "p", 0.0),
             "act_fn": self.activation,
             "add_bias": self.add_bias,
             **self._rows_settings(),

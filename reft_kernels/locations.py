@@ -79,6 +79,11 @@ def _runs(whole: Sequence[bool], join: Callable[[int, int], bool]) -> list[Run]:
     return runs
 
 
+def _apart(one: Span | None, other: Span | None) -> bool:
+    """Whether one is a prefix and the other a suffix."""
+    return one is not None and other is not None and not (one[0] and other[0]) and not (one[1] and other[1])
+
+
 def _group(tables: Sequence[Tensor]) -> Tensor | None:
     """Which of the tables [B, P_k] each slot of their concatenation comes from."""
     if len(tables) == 1:
@@ -110,10 +115,7 @@ class SpanLocations(Locations):
     def _site(self, key: tuple[tuple[Span | None, bool], ...], table: Tensor | None) -> list[Step]:
         def join(j: int, k: int) -> bool:
             (one, one_fusable), (other, other_fusable) = key[j], key[k]
-            assert one is not None
-            assert other is not None
-            apart = not (one[0] and other[0]) and not (one[1] and other[1])
-            return one_fusable and other_fusable and apart
+            return one_fusable and other_fusable and _apart(one, other)
 
         steps = []
         for members, whole in _runs([span is None for span, _ in key], join):
@@ -137,12 +139,16 @@ class SpanLocations(Locations):
 class NamedLocations(Locations):
     """Positions given by the caller: lists or a device tensor, or every token.
 
-    A token that is named for two interventions of one site is edited by one after the other where lists say so (as
-    pyvene does it), and by the first of the two where a device tensor does, which nobody reads.
+    A token that is named for two interventions of one site is edited by one after the other, as pyvene does it. Two
+    that name no token in common are one edit. Of a tensor, which nobody reads, that is known where the interventions'
+    own ``spans`` are a prefix and a suffix; the first alone then edits a token that it names for both.
     """
 
-    def __init__(self, given: GivenLocations, batch: int, extent: int) -> None:
+    def __init__(
+        self, given: GivenLocations, batch: int, extent: int, spans: Sequence[Span | None] | None = None
+    ) -> None:
         self.given = given
+        self.spans = spans
         self.batch = batch
         self.extent = extent
         self.highest: list[int] | None = None
@@ -197,10 +203,10 @@ class NamedLocations(Locations):
         return _runs([i in self.given.whole for i in site], join)
 
     def _meet(self, one: int, other: int) -> bool:
-        """Whether lists name a token for both interventions."""
+        """Whether a token is, or may be, named for both interventions."""
         host = self.given.host
         if host is None:
-            return False
+            return self.spans is None or not _apart(self.spans[one], self.spans[other])
         same = (host[one].unsqueeze(-1) == host[other].unsqueeze(-2)) & (host[one].unsqueeze(-1) >= 0)
         return bool(same.any())
 

@@ -89,8 +89,8 @@ class ReftModel(SavedModel):
         inplace: write edits of ``block_output`` into the block's own output (True), which saves a copy. Turn it
             off for a block whose last operation keeps its output for its backward.
 
-    Several interventions of one module are one edit. A token that two of them name is edited by one after the
-    other, in their order (by the first alone where a device tensor names it for both).
+    Several interventions of one module that name no token in common are one edit. A token that two of them name is
+    edited by one after the other, in their order.
     """
 
     def __init__(self, config: ReftConfig | Any, model: nn.Module, *, pyreft_compat: bool = False) -> None:
@@ -490,6 +490,7 @@ class ReftModel(SavedModel):
         method: str | None = None,
         orthogonality: str | None = None,
         positions: str | None = None,
+        pyreft_compat: bool = False,
     ) -> ReftModel:
         """A ReftModel in eval mode with the adapter of a folder; the base model is frozen, as by get_reft_model.
 
@@ -507,6 +508,7 @@ class ReftModel(SavedModel):
                 one whose rows are not orthonormal.
             positions: "f7+l7" and the like, of an adapter that pyreft saved without (None: every token). Where the
                 second half of its interventions has the places of the first they are untied, prefix and suffix.
+            pyreft_compat: see :class:`ReftModel`.
 
         Raises FileNotFoundError or ValueError naming file and key.
         """
@@ -516,7 +518,7 @@ class ReftModel(SavedModel):
         model_files.check_base(folder, saved, model)
         base_tensors = model_files.read_base_tensors(folder, model) if include_model else {}
         try:
-            reft_model = cls(model_files.config_of(saved), model)
+            reft_model = cls(model_files.config_of(saved), model, pyreft_compat=pyreft_compat)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the adapter in {folder} does not fit: {error}") from error
         reft_model.set_device()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels.config import Representation
+from reft_kernels.hooks import is_fusable
 from reft_kernels.locations import (
     GeneratedLocations,
     Locations,
@@ -156,8 +157,12 @@ class Planner:
         self, kind: type[Any], locations: Locations, subspaces: Any, tokens: Tokens | None, inplace: bool, **kw: Any
     ) -> Any:
         modules = list(self.interventions.values())
+        places = self.places
+        if not torch.compiler.is_compiling():  # a graph is guarded by what it was traced with
+            # An intervention may have been replaced, or been given hooks, since the last call.
+            places = Places(places.sites, tuple(map(is_fusable, modules)))
         read = _read_subspaces(subspaces, len(modules), 0 if tokens is None else tokens.batch)
-        return kind(self.owner, self.places, modules, locations, read, inplace, **kw)
+        return kind(self.owner, places, modules, locations, read, inplace, **kw)
 
     def _spans(
         self, unit_locations: Any, intervention_locations: Tensor | None, positions: str | None
@@ -210,9 +215,10 @@ class Planner:
                     f"{type(intervention_locations).__name__ if shape is None else list(shape)}"
                 )
             given = read_unit_locations(intervention_locations.transpose(0, 1), count, batch, tokens.device)
+        spans = [item.span for item in self.representations]
         if generating:
-            return NamedLocations(given, batch, 0)
-        locations = NamedLocations(given, batch, _ANY_LENGTH)
+            return NamedLocations(given, batch, 0, spans)
+        locations = NamedLocations(given, batch, _ANY_LENGTH, spans)
         if tokens.length is None or len(tokens.batches) > 1 or self.decoder:
             locations.check_at_the_sites()
         elif given.highest is not None and given.highest >= tokens.length:
@@ -322,6 +328,8 @@ def _read_subspaces(subspaces: Any, count: int, batch: int) -> Sequence[Any] | N
         subspaces = [subspaces]
     if isinstance(subspaces, (list, tuple)) and subspaces and all(isinstance(s, int) for s in subspaces):
         return [[list(subspaces)] * batch] * count
+    if not isinstance(subspaces, (list, tuple)):
+        raise TypeError(f"subspaces must be an int, a list or an int tensor, got {type(subspaces).__name__}")
     if len(subspaces) != count:
         raise ValueError(
             f"subspaces must be [num_interventions][B][k] with {count} interventions, got {len(subspaces)}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,6 +145,8 @@ def get_intervention_locations(
     Raises ValueError naming the argument, also for an odd number of untied interventions.
     """
     del others
+    if not _is_int(last_position):
+        raise TypeError(f"last_position must be an int, got {last_position!r}")
     first, last = _read_span(positions, first_n, last_n)
     if pad_mode not in ("first", "last"):
         raise ValueError(f"pad_mode must be 'first' or 'last', got {pad_mode!r}")
@@ -231,7 +235,7 @@ class GivenLocations(NamedTuple):
 
     table is int64 [I, B, P] on the device, None where every intervention edits every token; ``whole`` holds the
     interventions that edit every token (their part of the table is -1); ``host`` is the table on the CPU and
-    ``highest`` its largest position where the caller gave lists, else None (a device tensor is never read).
+    ``highest`` its largest position where the caller gave lists, else None (a tensor is never read).
     """
 
     table: Tensor | None
@@ -245,12 +249,13 @@ def read_unit_locations(locations: Any, num_interventions: int, batch: int, devi
 
     ``{"sources->base": (None, L)}``, ``{"base": L}`` or L alone, where L is None (every token), an int, a flat list
     of ints (both the same for all), a nested list ``[num_interventions][B][P]`` whose parts may be None and whose
-    rows may differ in length, or an int tensor [I, B, P]. -1 means "no token".
+    rows may differ in length, or an int tensor [I, B, P]. -1 means "no token". NumPy's arrays and ints are lists and
+    ints. The first of the pair, a list or a tuple, are positions in a source; they have no effect.
 
     Raises TypeError or ValueError naming what was expected and what came.
     """
     value = _base_part(locations)
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.dim() > 0:
         return _from_tensor(value, num_interventions, batch, device)
     if value is None:
         return GivenLocations(None, frozenset(range(num_interventions)), None, None)
@@ -262,7 +267,7 @@ def read_unit_locations(locations: Any, num_interventions: int, batch: int, devi
             f"'base' holding one of these, got {type(value).__name__}"
         )
     if len(value) and all(_is_int(v) for v in value):
-        value = [[list(value)] * batch] * num_interventions
+        value = [[[int(v) for v in value]] * batch] * num_interventions
     return _from_lists(value, num_interventions, batch, device)
 
 
@@ -291,23 +296,33 @@ def _base_part(locations: Any) -> Any:
             f"unit_locations must have one key, 'sources->base' or 'base', got {sorted(map(str, locations))}"
         )
     pair = locations["sources->base"]
-    if isinstance(pair, tuple) or (isinstance(pair, list) and len(pair) == 2 and pair[0] is None):
-        if len(pair) != 2:
-            raise ValueError(f"unit_locations['sources->base'] must be a pair (None, locations), got {len(pair)} items")
-        return pair[1]
-    return pair
+    if isinstance(pair, tuple) and len(pair) != 2:
+        raise ValueError(f"unit_locations['sources->base'] must be a pair (None, locations), got {len(pair)} items")
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        return pair
+    if pair[1] is None and pair[0] is not None:
+        raise ValueError("unit_locations['sources->base'] names positions in a source and none in the base")
+    return pair[1]
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    return isinstance(value, Integral) or (isinstance(value, Tensor) and value.dim() == 0 and _holds_ints(value))
+
+
+def _holds_ints(table: Tensor) -> bool:
+    return not (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool)
 
 
 def _is_list(value: Any) -> bool:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _from_tensor(table: Tensor, interventions: int, batch: int, device: torch.device) -> GivenLocations:
-    if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
+    if not _holds_ints(table):
         raise TypeError(f"unit_locations must be an int tensor, got {table.dtype}")
     if table.dim() == 1:
         table = table.expand(interventions, batch, -1)
@@ -341,7 +356,7 @@ def _from_lists(value: Sequence[Any], interventions: int, batch: int, device: to
                     f"unit_locations[{i}][{j}] has the position {min(row)}: positions are at least 0, -1 means "
                     "'no token'"
                 )
-        rows.append([list(row) for row in part])
+        rows.append([[int(p) for p in row] for row in part])
     if len(whole) == interventions:
         return GivenLocations(None, frozenset(whole), None, None)
     width = max((len(row) for part in rows for row in part), default=0)

@@ -9,6 +9,9 @@
     NodireftIntervention        the same, where the proj_layer.bias has no effect
 
 ``rotation`` is rotate_layer.parametrizations.weight.original and .0.base, see :mod:`reft_kernels.torch_orthogonal`.
+An intervention made under ``patch_pyreft()``, or this library's own, has this library's ``rotate_layer.rows`` in the
+place of the rotation where stock pyvene wrote it: X, reflectors and signs, or R itself.
+
 All but the first have embed_dim and interchange_dim, both d. Matrices are [r, d], but for rotate_layer [d, r].
 
 Source: pyreft/interventions.py; pyvene's buffers in pyvene/models/interventions.py.
@@ -22,15 +25,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reft_kernels import orthonormal_reference
 from reft_kernels.torch_orthogonal import parametrization_of, parametrized_matrix
 
 ORIGINAL = "rotate_layer.parametrizations.weight.original"
 BASE = "rotate_layer.parametrizations.weight.0.base"
 
+# This library's own: R [r, d] of the polar and the free form, and what R is a function of in the householder form.
+ROWS = "rotate_layer.rows.R"
+HOUSEHOLDER = ("rotate_layer.rows.X", "rotate_layer.rows.reflectors", "rotate_layer.rows.signs")
+
 # Each names the same operand: pyreft's flat key, the key of nn.Module, and a rotation without its parametrization.
 _W = ("weight", "learned_source.weight")
 _B = ("bias", "learned_source.bias", "learned_source")
 _R = ("rotate_layer", "rotate_layer.weight", ORIGINAL)
+_ANY_R = (*_R, ROWS, HOUSEHOLDER[0])
 _SIZES = ("embed_dim", "interchange_dim")
 
 PYREFT_ONLY = frozenset({"weight", "bias", *_R, BASE, *_SIZES})
@@ -45,7 +54,7 @@ FREE_KEYS = _SHARED | {"proj_layer.weight", "proj_layer.bias"}
 class Operands(NamedTuple):
     """The weights of an edit; None where the state dict has none.
 
-    R [r, d] is float64 where it was computed from a parametrization, else in its own dtype.
+    R [r, d] is float64 where it was computed from a parametrization (ours or torch's), else in its own dtype.
     """
 
     R: Tensor | None
@@ -55,11 +64,11 @@ class Operands(NamedTuple):
 
 
 def read_operands(state: Mapping[str, Tensor]) -> Operands:
-    """The operands in a state dict of pyreft; keys of no such state dict are not looked at.
+    """The operands in a state dict of pyreft's or of ours; keys of neither are not looked at.
 
     Raises ValueError where one operand is there twice, a base has no original, or shapes do not belong together.
     """
-    found = {name: _only(state, names) for name, names in (("R", _R), ("W", _W), ("b", _B))}
+    found = {name: _only(state, names) for name, names in (("R", _ANY_R), ("W", _W), ("b", _B))}
     if BASE in state and found["R"] != ORIGINAL:
         raise ValueError(f"{BASE} is there without {ORIGINAL}")
     key = found["R"]
@@ -69,12 +78,28 @@ def read_operands(state: Mapping[str, Tensor]) -> Operands:
         R: Tensor | None = state["proj_layer.weight"]
     elif key == ORIGINAL:
         R = parametrized_matrix(state[ORIGINAL], state.get(BASE)).T
+    elif key == HOUSEHOLDER[0]:
+        R = _householder_rows(state)
+    elif key == ROWS:
+        R = state[ROWS]
     else:
         R = None if key is None else state[key].transpose(0, -1)
     W, b = (None if found[name] is None else state[str(found[name])] for name in ("W", "b"))
     operands = Operands(R, W, b, state.get("proj_layer.bias"))
     _check_shapes(operands, {name: int(state[name]) for name in _SIZES if name in state})
     return operands
+
+
+def _householder_rows(state: Mapping[str, Tensor]) -> Tensor:
+    """R [r, d] of :class:`reft_kernels.OrthonormalRows`, in float64."""
+    for name in HOUSEHOLDER:
+        if name not in state:
+            raise ValueError(f"{HOUSEHOLDER[0]} is there without {name}")
+    X, reflectors, signs = (state[name].to("cpu", torch.float64) for name in HOUSEHOLDER)
+    if X.dim() != 2 or reflectors.shape != X.shape or signs.shape != X.shape[1:]:
+        shapes = ", ".join(f"{name} {list(state[name].shape)}" for name in HOUSEHOLDER)
+        raise ValueError(f"expected X [d, r], reflectors [d, r] and signs [r], got {shapes}")
+    return orthonormal_reference.orthonormalize(X, reflectors, signs)
 
 
 def _only(state: Mapping[str, Tensor], names: tuple[str, ...]) -> str | None:
@@ -101,11 +126,20 @@ def _check_shapes(operands: Operands, sizes: Mapping[str, int]) -> None:
 
 
 def without_base(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same state dict with R itself, in float64, instead of its parametrization and the d x d base."""
+    """The same state dict with R itself, in float64, instead of torch's parametrization and the d x d base."""
     if ORIGINAL not in state:
         return dict(state)
     rest = {name: value for name, value in state.items() if name not in (ORIGINAL, BASE)}
     return {**rest, "rotate_layer": parametrized_matrix(state[ORIGINAL], state.get(BASE))}
+
+
+def with_plain_rotation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same state dict with R itself in the place of this library's ``rotate_layer.rows``."""
+    own = [name for name in (ROWS, *HOUSEHOLDER) if name in state]
+    R = read_operands(state).R if own else None
+    if R is None:
+        return dict(state)
+    return {**{name: value for name, value in state.items() if name not in own}, "rotate_layer": R.T}
 
 
 def write_state(operands: Operands, *, orthonormal: bool, subtract: bool, add_bias: bool = False) -> dict[str, Tensor]:

@@ -201,6 +201,8 @@ def read_representations(value: Any, types: Any) -> list[Representation]:
 def _with_type(item: Any, default: type[nn.Module] | None) -> Any:
     if default is not None and hasattr(item, "_asdict"):
         item = item._asdict()
+    elif default is not None and isinstance(item, (list, tuple)):
+        item = dict(zip(_PYVENE_ORDER, item, strict=False))
     if default is None or not isinstance(item, Mapping):
         return item
     if item.get("intervention") is None and item.get("intervention_type") is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyreft
 import pytest
+import pyvene
 import torch
 import transformers
 from peer import CLASSES, CONSTRAINED, WITH_PROJ, WITH_W, assert_equal_within, representations, settings
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 import reft_kernels
 from reft_kernels import patch_pyreft, unpatch_pyreft
+from reft_kernels.pyreft_layout import read_operands
 
 LAYERS, WIDTH, RANK = (0, 2), 32, 3
 OLD_TRAINER = int(transformers.__version__.split(".")[0]) < 5
@@ -166,6 +168,182 @@ def test_own_classes_are_left_to_pyreft(tmp_path: Path) -> None:
     assert "Own" in json.loads((tmp_path / "saved" / "config.json").read_text())["intervention_types"][0]
 
 
+def test_other_parts_are_saved_by_pyreft(tmp_path: Path) -> None:
+    """A learned_source of two layers has no place in a sidecar; its weights are those of stock's state dict."""
+    modules = [pyreft.LoreftIntervention(**settings("LoreftIntervention", WIDTH, RANK)) for _ in LAYERS]
+    for module in modules:
+        module.learned_source = nn.Sequential(nn.Linear(WIDTH, 5), nn.Linear(5, RANK))
+    model = pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=representations(LAYERS, modules, RANK)))
+    model.save(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "reft_kernels.json").exists()
+    state = modules[0].state_dict()
+    assert {"0.weight", "1.weight", "rotate_layer"} <= set(state)
+    unpatch_pyreft()
+    expected = modules[0].state_dict()
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_a_learned_source_without_a_bias_is_saved() -> None:
+    module = pyreft.LoreftIntervention(**settings("LoreftIntervention", WIDTH, RANK))
+    module.learned_source = nn.Linear(WIDTH, RANK, bias=False)
+    assert set(module.state_dict()) == {"weight", "rotate_layer"}
+
+
+# Our form of R in files of stock pyvene
+
+
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_our_model_reads_what_was_saved_after_the_patch(name: str, tmp_path: Path) -> None:
+    """Stock's state dict of them has our rows in it."""
+    model = model_of(name)
+    with torch.no_grad():
+        for module in model.interventions.values():
+            module.rotate_layer.rows.X.add_(torch.randn_like(module.rotate_layer.rows.X).tril(-1), alpha=0.3)
+    unpatch_pyreft()
+    model.save(str(tmp_path / "saved"))
+    again = reft_kernels.ReftModel.load(tmp_path / "saved", llama())
+    for ours, theirs in zip(again.interventions.values(), model.interventions.values(), strict=True):
+        if name == "LoreftIntervention":  # by its own state dict, which has R alone
+            assert torch.allclose(ours.rotate_layer.weight, theirs.rotate_layer.weight, atol=1e-6)
+        else:
+            assert torch.equal(ours.rotate_layer.rows.X, theirs.rotate_layer.rows.X)
+            assert torch.equal(ours.rotate_layer.weight, theirs.rotate_layer.weight)
+    base = inputs()
+    assert_equal_within(logits(again, base), logits(model, base), 5e-6, "logits")
+    polar = reft_kernels.ReftModel.load(tmp_path / "saved", llama(), orthogonality="polar")
+    assert_equal_within(logits(polar, base), logits(model, base), 5e-6, "logits")
+
+
+def test_the_patch_reads_them_too(tmp_path: Path) -> None:
+    model = model_of("DireftIntervention")
+    base = inputs()
+    expected = logits(model, base)
+    unpatch_pyreft()
+    model.save(str(tmp_path / "saved"))
+    made_before = model_of("DireftIntervention")
+    patch_pyreft()
+    again = pyreft.ReftModel.load(str(tmp_path / "saved"), llama())
+    assert_equal_within(logits(again, base), expected, 5e-6, "logits")
+    made_before.load_intervention(str(tmp_path / "saved"), include_model=False)
+    assert_equal_within(logits(made_before, base), expected, 5e-6, "logits")
+
+
+@pytest.mark.parametrize("orthogonality", ["householder", "polar", "none"])
+def test_our_interventions_saved_by_stock_pyvene(orthogonality: str, tmp_path: Path) -> None:
+    unpatch_pyreft()
+    keywords = settings("DireftIntervention", WIDTH, RANK, act_fn="relu")
+    modules = [reft_kernels.DireftIntervention(**keywords, orthogonality=orthogonality) for _ in LAYERS]
+    model = pyvene.IntervenableModel(representations(LAYERS, modules, RANK), llama())
+    model.save(str(tmp_path / "saved"))
+    base = inputs()
+    options = {"act_fn": "relu", "orthogonality": orthogonality}
+    again = reft_kernels.ReftModel.load(tmp_path / "saved", llama(), **options)
+    assert_equal_within(logits(again, base), logits(model, base), 5e-6, "logits")
+    for ours, theirs in zip(again.interventions.values(), modules, strict=True):
+        assert torch.allclose(ours.rotate_layer.weight, theirs.rotate_layer.weight, atol=1e-6)
+    other = reft_kernels.ReftModel.load(tmp_path / "saved", llama(), act_fn="relu")
+    assert_equal_within(logits(other, base), logits(model, base), 5e-6, "logits")
+
+
+def test_the_rows_of_a_state_dict() -> None:
+    module = reft_kernels.LoreftIntervention(embed_dim=WIDTH, low_rank_dimension=RANK)
+    with torch.no_grad():
+        module.rotate_layer.rows.X.add_(torch.randn(WIDTH, RANK).tril(-1))
+    state = module.state_dict()
+    found = read_operands(state)
+    assert found.R.dtype == torch.float64
+    assert torch.allclose(found.R.float(), module.rotate_layer.rows.weight, atol=1e-6)
+    assert torch.equal(found.W, module.learned_source.weight)
+    with pytest.raises(ValueError, match=r"X is there without rotate_layer\.rows\.signs"):
+        read_operands({key: value for key, value in state.items() if not key.endswith("signs")})
+    with pytest.raises(ValueError, match=r"expected X \[d, r\], reflectors"):
+        read_operands({**state, "rotate_layer.rows.signs": torch.ones(RANK + 1)})
+    with pytest.raises(ValueError, match="one operand is there twice"):
+        read_operands({**state, "rotate_layer": torch.eye(WIDTH, RANK)})
+
+
+# The base model's parameters, and the sidecar
+
+
+def with_trained_base() -> Any:
+    model = model_of("LoreftIntervention")
+    for name, parameter in model.model.named_parameters():
+        if "o_proj" in name:
+            parameter.requires_grad_()
+            with torch.no_grad():
+                parameter.mul_(1.5)
+    return model
+
+
+def test_the_base_models_parameters_are_loaded(tmp_path: Path) -> None:
+    model = with_trained_base()
+    model.save(str(tmp_path / "saved"), include_model=True)
+    base = inputs()
+    expected = logits(model, base)
+    again = pyreft.ReftModel.load(str(tmp_path / "saved"), llama(), include_model=True)
+    assert_equal_within(logits(again, base), expected, 5e-6, "logits")
+    other = model_of("LoreftIntervention")
+    other.load_intervention(str(tmp_path / "saved"))
+    assert_equal_within(logits(other, base), expected, 5e-6, "logits")
+    without = pyreft.ReftModel.load(str(tmp_path / "saved"), llama())
+    assert not torch.allclose(logits(without, base), expected, atol=1e-3)
+
+
+def test_base_parameters_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    model = with_trained_base()
+    model.save(str(folder))
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is missing"):
+        pyreft.ReftModel.load(str(folder), llama(), include_model=True)
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is missing"):
+        model.load_intervention(str(folder))
+    model_of("LoreftIntervention").load_intervention(str(folder))  # whose base is not trained
+    for tensors, message in (
+        ({"model.layers.9.weight": torch.ones(1)}, "has no parameter model.layers.9.weight"),
+        ({"lm_head.weight": torch.ones(3, 3)}, r"lm_head.weight must be \[64, 32\], got \[3, 3\]"),
+    ):
+        torch.save(tensors, folder / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=message):
+            pyreft.ReftModel.load(str(folder), llama(), include_model=True)
+        with pytest.raises(ValueError, match=message):
+            model.load_intervention(str(folder))
+
+
+def test_a_sidecar_of_what_was_there_before_is_removed(tmp_path: Path) -> None:
+    class Own(pyreft.LoreftIntervention):
+        """A class that no file can name."""
+
+    folder = tmp_path / "saved"
+    model_of("LoreftIntervention").save(str(folder))
+    assert (folder / "reft_kernels.json").exists()
+    modules = [Own(**settings("LoreftIntervention", WIDTH, RANK)) for _ in LAYERS]
+    own = pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=representations(LAYERS, modules, RANK)))
+    own.save(str(folder))
+    assert not (folder / "reft_kernels.json").exists()
+
+
+def test_the_sidecar_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: list[dict[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, name: str) -> None:
+            assert name == "me/adapter"
+
+        def upload_file(self, **file: Any) -> None:
+            uploaded.append(file)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    model = model_of("LoreftIntervention")
+    model.save(str(tmp_path / "here"), save_to_hf_hub=False)
+    assert not uploaded
+    model.save(str(tmp_path / "saved"), save_to_hf_hub=True, hf_repo_name="me/adapter")
+    names = [Path(file["path_or_fileobj"]).name for file in uploaded]
+    assert names == [file["path_in_repo"] for file in uploaded]
+    assert set(names) == {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {file["repo_id"] for file in uploaded} == {"me/adapter"}
+
+
 # Trainers
 
 
@@ -236,6 +414,66 @@ def test_the_trainer_resumes(tmp_path: Path) -> None:
     assert (logits(first, base) - logits(whole.model, base)).abs().max() > 0.2
 
 
+class _Wrapped(nn.Module):
+    """Hands everything on, as PEFT's model does without a task_type."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+        self.seen: set[str] = set()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen |= set(kwargs)
+        return self.inner(*args, **kwargs)
+
+
+class _WrappedPeft(_Wrapped):
+    def get_base_model(self) -> nn.Module:
+        return self.inner
+
+
+@pytest.mark.parametrize("wrapper", [_Wrapped, _WrappedPeft])
+def test_a_base_model_that_hands_its_arguments_on(wrapper: type[_Wrapped], tmp_path: Path) -> None:
+    class Rows(_Rows):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return {**super().__getitem__(index), "id": torch.tensor(index)}
+
+    model = model_of("LoreftIntervention", component="inner.model.layers[1].output", base=wrapper(llama()))
+    rows = Rows()
+
+    def collate(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        found = torch.utils.data.default_collate(batch)
+        return {**found, "intervention_locations": found["intervention_locations"][:, :1]}
+
+    trainer = pyreft.ReftTrainerForCausalLM(
+        model=model, args=arguments(tmp_path, max_steps=1), train_dataset=rows, data_collator=collate
+    )
+    trainer.train()
+    assert model.model.seen == {"input_ids", "attention_mask", "labels"}
+    outputs = trainer.compute_loss(model, collate([rows[0], rows[1]]), return_outputs=True)[1]
+    assert outputs.logits.shape == (2, 8, 64)
+
+
+def test_extra_columns_do_not_reach_the_base_model(tmp_path: Path) -> None:
+    """Where it says what it takes, and where the model that it hands on to does."""
+    batch = torch.utils.data.default_collate([_Rows()[0], _Rows()[1]])
+    batch = {**batch, "extra": torch.ones(2), "intervention_locations": batch["intervention_locations"][:, :1]}
+    for base, component in (
+        (llama(), "model.layers[1].output"),
+        (_WrappedPeft(llama()), "inner.model.layers[1].output"),
+    ):
+        model = model_of("LoreftIntervention", component=component, base=base)
+        trainer = pyreft.ReftTrainerForCausalLM(model=model, args=arguments(tmp_path))
+        names: list[str] = []
+        base.register_forward_pre_hook(lambda _, args, kwargs, names=names: names.extend(kwargs), with_kwargs=True)
+        trainer.compute_loss(model, batch)
+        assert set(names) == {"input_ids", "attention_mask", "labels"}
+
+
 @pytest.mark.skipif(OLD_TRAINER, reason="the older Trainer takes tokenizer=")
 def test_a_tokenizer_reaches_the_trainer(tmp_path: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), pad_token="[PAD]")
@@ -270,3 +508,76 @@ def test_sequence_classification(labels: int, tmp_path: Path) -> None:
     assert any("eval_error" in entry for entry in trainer.state.log_history)
     assert seen[-1].predictions.shape == (6, labels)
     assert seen[-1].predictions.dtype == torch.float32
+
+
+def test_subspaces_reach_an_own_class(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Own(pyreft.LoreftIntervention):
+        def forward(self, base: torch.Tensor, source: Any = None, subspaces: Any = None) -> torch.Tensor:
+            seen.append(subspaces)
+            return super().forward(base)
+
+    modules = [Own(**settings("LoreftIntervention", WIDTH, RANK)) for _ in LAYERS]
+    model = pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=representations(LAYERS, modules, RANK)))
+    trainer = pyreft.ReftTrainerForCausalLM(model=model, args=arguments(tmp_path))
+    batch = torch.utils.data.default_collate([_Rows()[0], _Rows()[1]])
+    subspaces = torch.tensor([[[0], [1]], [[2], [1]]])  # [batch, intervention, subspace]
+    trainer.compute_loss(model, {**batch, "subspaces": subspaces})
+    assert seen == [[[0], [2]], [[1], [1]]]
+    seen.clear()
+    trainer.compute_loss(model, batch)
+    assert seen == [None, None]
+
+
+def test_a_model_without_interventions_trains_its_base(tmp_path: Path) -> None:
+    """A baseline that trains LoRA alone, on data sets that have locations all the same."""
+    model = pyreft.get_reft_model(llama(), pyreft.ReftConfig(representations=[]))
+    weight = model.model.lm_head.weight.requires_grad_()
+    before = weight.detach().clone()
+    trainer = pyreft.ReftTrainerForCausalLM(
+        model=model, args=arguments(tmp_path, max_steps=2), train_dataset=_Rows(), eval_dataset=_Rows(count=4)
+    )
+    batch = torch.utils.data.default_collate([_Rows()[0], _Rows()[1]])
+    expected = model.model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+    assert torch.equal(trainer.compute_loss(model, batch), expected)
+    del batch["intervention_locations"]
+    assert torch.equal(trainer.compute_loss(model, batch), expected)
+    trainer.train()
+    assert not torch.equal(weight, before)
+
+
+def test_evaluation_leaves_the_modes(tmp_path: Path) -> None:
+    base = llama(LlamaForSequenceClassification, num_labels=3)
+    model = model_of("LoreftIntervention", base=base, dropout=0.5)
+    training: list[bool] = []
+
+    def metrics(_: Any) -> dict[str, float]:
+        return {"seen": float(len(training))}
+
+    trainer = pyreft.ReftTrainerForSequenceClassification(
+        model=model, args=arguments(tmp_path), eval_dataset=_Rows(3, count=6), compute_metrics=metrics
+    )
+    model.train()
+    first, second = model.interventions.values()
+    second.eval()
+    base.model.layers[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    base.register_forward_hook(lambda module, *_: training.append(module.training or first.training))
+    found = trainer.evaluate()
+    assert found["eval_seen"] > 0
+    assert not any(training)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert first.training
+    assert not second.training
+    assert len(modes) > 20
+
+
+def test_only_one_process_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = pyreft.ReftTrainerForCausalLM(model=model_of("LoreftIntervention"), args=arguments(tmp_path))
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.save_model(str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    monkeypatch.undo()
+    trainer.save_model(str(tmp_path / "other"))
+    assert (tmp_path / "other" / "intervenable_model" / "config.json").exists()

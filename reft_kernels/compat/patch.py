@@ -69,7 +69,11 @@ def patch_pyreft() -> PatchReport:
 
 
 def unpatch_pyreft() -> None:
-    """Put pyreft and pyvene back as they were. Interventions made in between keep their slim R and go on working."""
+    """Put pyreft and pyvene back as they were. Interventions made in between keep their slim R and go on working.
+
+    Of those of ConsReFT, LobiReFT and DiReFT pyreft then saves files with that R, which this library's
+    ``ReftModel.load`` reads and pyreft alone does not: save before.
+    """
     while _applied:
         replacement, before = _applied.pop()
         replacement.undo(before)

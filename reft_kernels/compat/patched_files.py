@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reft_kernels.checkpoint import LISTED_CONFIG, refuse_other_files, stamped
+from reft_kernels.checkpoint import LISTED_CONFIG, check_base_tensors, put_base_tensors, refuse_other_files, stamped
 from reft_kernels.compat import pyreft_files
-from reft_kernels.compat.patched_interventions import activation_name, rows
+from reft_kernels.compat.patched_interventions import activation_name, has_own_parts, rows
 from reft_kernels.compat.replacement import Replacement
 from reft_kernels.folders import replace_folder
 from reft_kernels.hub import local_folder
@@ -27,8 +27,9 @@ def replacements(pyreft: Any, pyvene: Any) -> Iterator[Replacement]:
     """State dicts, folders, and the trainer's checkpoints."""
     for name, ours in INTERVENTIONS.items():
         cls = getattr(pyreft, name)
-        yield Replacement(cls, "state_dict", _state_dict(ours), "pyreft's keys alone, nn.Module's inside of a model")
-        yield Replacement(cls, "load_state_dict", _load_state_dict(ours), "R stays orthonormal when training goes on")
+        write, read = _state_dict(cls.state_dict, ours), _load_state_dict(cls.load_state_dict, ours)
+        yield Replacement(cls, "state_dict", write, "pyreft's keys alone, nn.Module's inside of a model")
+        yield Replacement(cls, "load_state_dict", read, "R stays orthonormal when training goes on")
     model, reft_model, trainer = pyvene.IntervenableModel, pyreft.ReftModel, pyreft.ReftTrainer
     yield Replacement(
         model, "load_intervention", _load_intervention, "any device; no code from files; names of older pyvene"
@@ -58,10 +59,12 @@ def operands(intervention: Any, ours: type[Intervention]) -> Operands:
     return Operands(R, W, b, c)
 
 
-def _state_dict(ours: type[Intervention]) -> Callable[..., dict[str, Any]]:
+def _state_dict(stock: Callable[..., Any], ours: type[Intervention]) -> Callable[..., dict[str, Any]]:
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if args or kwargs.get("destination") is not None or kwargs.get("prefix"):
             return nn.Module.state_dict(self, *args, **kwargs)
+        if not has_own_parts(self, ours):
+            return dict(stock(self, **kwargs))
         found = operands(self, ours)
         bias = not ours.orthonormal and found.c is not None
         return write_state(found, orthonormal=ours.orthonormal, subtract=ours.subtract, add_bias=bias)
@@ -69,11 +72,14 @@ def _state_dict(ours: type[Intervention]) -> Callable[..., dict[str, Any]]:
     return state_dict
 
 
-def _load_state_dict(ours: type[Intervention]) -> Callable[..., Any]:
+def _load_state_dict(stock: Callable[..., Any], ours: type[Intervention]) -> Callable[..., Any]:
     @torch.no_grad()
     def load_state_dict(self: Any, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        if any(name.startswith("rotate_layer.rows.") for name in state_dict):
+        as_written = isinstance(getattr(self, "rotate_layer", None), RotateLayer)
+        if as_written and any(name.startswith("rotate_layer.rows.") for name in state_dict):
             return nn.Module.load_state_dict(self, state_dict, *args, **kwargs)
+        if not has_own_parts(self, ours):
+            return stock(self, state_dict, *args, **kwargs)
         R, W, b, c = read_operands(state_dict)
         mine = operands(self, ours)
         found = {"R": (R, mine.R), "W": (W, mine.W), "b": (b, mine.b), "c": (c, mine.c)}
@@ -103,15 +109,22 @@ def _load_intervention(self: Any, load_directory: str | os.PathLike[str], includ
     trained = {key: module for key, module in self.interventions.items() if getattr(module, "trainable", False)}
     files = {key: pyreft_files.find_weights(folder, _entry(self, key)) for key in trained}
     states = {key: read_pickle(path) for key, path in files.items()}
-    base = _read_base(folder) if include_model else {}
+    base_is_trained = any(parameter.requires_grad for parameter in self.model.parameters())
+    base = _read_base(folder, self.model, optional=not base_is_trained) if include_model else {}
     for key, module in trained.items():
         module.load_state_dict(states[key])
-    self.model.load_state_dict(base, strict=False)
+    put_base_tensors(base, self.model)
 
 
-def _read_base(folder: Path) -> dict[str, Tensor]:
+def _read_base(folder: Path, model: nn.Module, optional: bool = False) -> dict[str, Tensor]:
+    """The base model's trained parameters; none where there is no file of them and that is ``optional``.
+
+    Raises FileNotFoundError where the file is missing and ValueError naming the first parameter that does not fit.
+    """
     path = folder / pyreft_files.BASE_FILE
-    return read_pickle(path) if path.is_file() else {}
+    if optional and not path.is_file():
+        return {}
+    return check_base_tensors(path, read_pickle(path), model)
 
 
 def _entry(self: Any, key: str) -> dict[str, Any]:
@@ -132,7 +145,7 @@ def _entry(self: Any, key: str) -> dict[str, Any]:
 
 def _settings(module: Any) -> dict[str, Any]:
     ours = INTERVENTIONS.get(type(module).__name__)
-    if ours is None:
+    if ours is None or not has_own_parts(module, ours):
         return {}
     found = operands(module, ours)
     assert found.R is not None
@@ -149,17 +162,35 @@ def _settings(module: Any) -> dict[str, Any]:
 
 
 def _save(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """pyvene's, with a sidecar beside, on the hub too. One that described what was in the folder before is removed."""
+
     @functools.wraps(stock)
-    def save(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        result = stock(self, save_directory, *args, **kwargs)
+    def save(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        save_to_hf_hub: bool = False,
+        hf_repo_name: str = "my-awesome-model",
+        include_model: bool = False,
+    ) -> Any:
+        path = Path(save_directory) / pyreft_files.SIDECAR_FILE
+        path.unlink(missing_ok=True)
+        result = stock(self, save_directory, save_to_hf_hub, hf_repo_name, include_model)
         entries = [_entry(self, key) for key in self.sorted_keys]
         # A sidecar describes all interventions; an own class, or an f of no name, it cannot.
         if all(entry["settings"].get("act_fn") for entry in entries):
             document = {"base_model": {}, "config": LISTED_CONFIG, "representations": entries}
-            write_json(Path(save_directory) / pyreft_files.SIDECAR_FILE, stamped(document))
+            write_json(path, stamped(document))
+            if save_to_hf_hub:
+                _upload(path, hf_repo_name)
         return result
 
     return save
+
+
+def _upload(path: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().upload_file(path_or_fileobj=str(path), path_in_repo=path.name, repo_id=repository, repo_type="model")
 
 
 def _load(pyreft: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,9 +213,9 @@ def _load(pyreft: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
             module.load_state_dict(pyreft_files.state_of(entry["key"], ours))
             place = {"layer": entry["layer"] or 0, "component": entry["component"]}
             listed.append({**place, "low_rank_dimension": entry["low_rank_dimension"], "intervention": module})
-        base = _read_base(folder) if include_model else {}
+        base = _read_base(folder, model) if include_model else {}
         reft_model = pyreft.ReftModel(pyreft.ReftConfig(representations=listed), model)
-        reft_model.model.load_state_dict(base, strict=False)
+        put_base_tensors(base, model)
         return reft_model
 
     return load

@@ -82,7 +82,9 @@ class _EditHook:
         if self._is_skipped():
             return None
         h, put_back = _hidden_state(output)
-        positions = None if self.locations is None else _positions(self.owner, self.locations, h)
+        positions = None
+        if self.locations is not None:
+            positions = _for_each_row(self.owner, _positions(self.owner, self.locations, h), len(h))
         owned = self.owner.representations[self.key].component == "block_output"
         edited = edit_rows((self.owner.interventions[self.key],), h, positions, inplace=owned and may_write(h))
         self.owner._intervention_state[self.key].inc_setter_version()
@@ -116,18 +118,33 @@ def _hidden_state(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 
 
 def _positions(owner: Any, locations: Any, h: Tensor) -> Tensor:
-    """Locations [B][P] as an index tensor on h's device, made once for all layers of a forward."""
+    """Locations [B][P] as an index tensor on h's device, made once for all layers of a forward.
+
+    Raises ValueError where their rows differ in length and IndexError where a list names a token that h has not. A
+    tensor is not read back from its device: of it, positions outside of the tokens name no row.
+    """
     if isinstance(locations, Tensor):
         return drop_duplicates(locations.to(h.device, torch.long))
     known = owner.__dict__.setdefault("_reft_kernels_positions", {})
     key = tuple(map(tuple, locations)), h.device
     if key not in known:
+        lengths = sorted({len(row) for row in locations})
+        if len(lengths) > 1:  # of [[], [3]] torch would make [2, 0], which names nothing
+            raise ValueError(f"unit_locations: expected rows of one length, got {lengths}: {locations}")
         host = torch.tensor(locations, dtype=torch.long)
         if host.numel() and (int(host.max()) >= h.shape[1] or int(host.min()) < -1):
             raise IndexError(f"unit_locations name a position outside of the {h.shape[1]} tokens: {locations}")
         known[key] = drop_duplicates(host).to(h.device, non_blocking=True)
     positions: Tensor = known[key]
     return positions
+
+
+def _for_each_row(owner: Any, positions: Tensor, batch: int) -> Tensor:
+    """Positions [batch, P] where there are more rows than prompts: beams, several samples, or one row's for all."""
+    times, rest = divmod(batch, max(len(positions), 1))
+    if times < 2 or rest or not (owner._is_generation or len(positions) == 1):
+        return positions
+    return positions.repeat_interleave(times, 0)
 
 
 def _remembered(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,11 +41,14 @@ def _constructor(cls: Any) -> Callable[..., None]:
 def _outputs(intervenable: Any, inputs: Mapping[str, Any], labels: Tensor | None) -> Any:
     """The base model's output, edited (or not, where there is no intervention: a baseline that trains LoRA alone)."""
     model = getattr(intervenable, "module", intervenable)  # DistributedDataParallel's
-    known = inspect.signature(model.model.forward).parameters
-    base = {name: value for name, value in inputs.items() if name in known and name not in _NOT_FOR_THE_MODEL}
+    known = _argument_names(model.model)
+    others = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+    base = {name: value for name, value in others.items() if known is None or name in known}
     locations, subspaces = inputs.get("intervention_locations"), inputs.get("subspaces")
-    unit_locations = None
-    if locations is not None and len(model.interventions) > 0:
+    unit_locations: dict[str, Any] | None = None
+    if len(model.interventions) == 0:
+        unit_locations = {"sources->base": (None, 0)}  # of nothing; without any, pyvene leaves out the labels
+    elif locations is not None:
         by_intervention = locations.permute(1, 0, 2)
         fused = all(is_fused(module) for module in model.interventions.values()) and subspaces is None
         unit_locations = {"sources->base": (None, by_intervention if fused else by_intervention.tolist())}
@@ -56,6 +59,16 @@ def _outputs(intervenable: Any, inputs: Mapping[str, Any], labels: Tensor | None
         subspaces=None if subspaces is None else subspaces.permute(1, 0, 2).tolist(),
     )
     return original if edited is None else edited
+
+
+def _argument_names(model: nn.Module) -> set[str] | None:
+    """The arguments of a model's ``forward``, those that PEFT's hands on among them; None where none has a name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    inner = getattr(model, "get_base_model", None)
+    if callable(inner) and any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return names | (_argument_names(inner()) or set()) or None
+    return names or None
 
 
 def _compute_loss(
@@ -94,9 +107,10 @@ def _evaluate(
     from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
     model = self.model
-    modes = [(module, module.training) for module in (model.model, *model.interventions.values())]
-    for module, _ in modes:
-        module.eval()
+    parts = (model.model, model.interventions)
+    modes = [(module, module.training) for part in parts for module in part.modules()]
+    for part in parts:
+        part.eval()
     dataset = self.eval_dataset if eval_dataset is None else eval_dataset
     loader = torch.utils.data.DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
     logits, labels = [], []
@@ -107,7 +121,7 @@ def _evaluate(
             labels.append(batch["labels"].float().cpu())
     finally:
         for module, training in modes:
-            module.train(training)
+            module.training = training
     found = denumpify_detensorize(self.compute_metrics(EvalPrediction(torch.cat(logits), torch.cat(labels))))
     prefix = f"{metric_key_prefix}_"
     metrics = {name if name.startswith(prefix) else prefix + name: value for name, value in found.items()}

@@ -35,7 +35,7 @@ from reft_kernels.checkpoint import (
 from reft_kernels.folders import replace_files, replace_folder
 from reft_kernels.interventions import INTERVENTIONS, Intervention, NodireftIntervention
 from reft_kernels.positions import parse_positions
-from reft_kernels.pyreft_layout import Operands, read_operands, without_base, write_state
+from reft_kernels.pyreft_layout import Operands, read_operands, with_plain_rotation, without_base, write_state
 from reft_kernels.tensor_files import read_json, read_pickle, write_json, write_pickle
 
 CONFIG_FILE = "config.json"
@@ -246,9 +246,14 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(path: Path, intervention: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts a state dict of pyreft into an intervention. Raises ValueError naming the file where it does not fit."""
+    """Puts a state dict of pyreft into an intervention. Raises ValueError naming the file where it does not fit.
+
+    Rows that this library's modules wrote are taken as they are where the intervention has the same form of them.
+    """
     try:
-        intervention.load_state_dict(dict(state))
+        rows = {name for name in state if name.startswith("rotate_layer.rows.")}
+        same_form = rows <= set(intervention.state_dict())
+        intervention.load_state_dict(dict(state) if same_form else with_plain_rotation(state))
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} does not fit: {error}") from error
 

@@ -66,6 +66,12 @@ class _EditedModel(nn.Module):
         # Also where a trainer put a forward of its own that calls the model's parts.
         return _edited_call(super().__call__, self, args, kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self._reft_model.model
+        if isinstance(value, nn.Module) and name in base._modules:  # a head of another size, for example
+            setattr(base, name, value)
+        super().__setattr__(name, value)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As ReftModel's; positional arguments as the base model's."""
         base: Any = self._reft_model.model
