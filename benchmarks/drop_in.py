@@ -361,6 +361,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     sides, environment = report["sides"], report["environment"]
     plain = sides["none"]
@@ -379,6 +380,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         bars = axis.barh(names, values, color=[colours[name] for name in names], height=0.6)
         axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=4)
         axis.set_title(title, fontsize=10)
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
         axis.set_xlim(min(0.0, *values), 1.25 * max(values))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
