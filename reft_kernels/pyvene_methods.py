@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from reft_kernels.wrapped_model import WrappedModel
+
 
 @dataclass
 class ReftModelOutput:
@@ -18,11 +20,9 @@ class ReftModelOutput:
     collected_activations: Any = None
 
 
-class PyveneMethods(nn.Module):
+class PyveneMethods(WrappedModel):
     """Counting, listing and freezing of what is trained."""
 
-    model: nn.Module
-    interventions: nn.ModuleDict
     keys: list[str]
     use_fast: bool = False
 
@@ -38,7 +38,7 @@ class PyveneMethods(nn.Module):
 
     def get_device(self) -> torch.device:
         """Device of the base model's first parameter."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return self.device
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of the interventions and the trained ones of the base model."""
