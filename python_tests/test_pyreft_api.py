@@ -239,6 +239,12 @@ def test_own_interventions_see_real_rows_alone(where: Any) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.interventions.parameters())
 
 
+@torch.no_grad()
+def test_own_interventions_with_no_token_at_all() -> None:
+    model, ids = make(entry(1, _Add(1.0))), inputs()
+    assert torch.equal(model(ids, unit_locations=[[[], []]])[1].logits, model.model(**ids).logits)
+
+
 def _replaced(change: str) -> Any:
     module: Any = loreft()
     if change == "act_fn":

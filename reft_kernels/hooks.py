@@ -220,6 +220,8 @@ def edit_with(
     if positions is None:
         return _result(intervention(h, None, subspaces, **kwargs), h, plan)
     batch, length, width = h.shape
+    if not positions.shape[1] or not length:
+        return h
     named = (positions >= 0) & (positions < length)
     target = torch.where(named, positions, length)
     # A slot without a token is given a row that has one, so that an intervention sees real rows alone. What it makes of

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels import checkpoint, hub, model_files
-from reft_kernels.complement import ComplementRows
 from reft_kernels.config import ReftConfig, Representation
 from reft_kernels.hooks import CallHook, InputHook, OutputHook, is_fusable
 from reft_kernels.interventions import Intervention
@@ -26,13 +25,13 @@ from reft_kernels.modules import (
     hidden_size,
     indices_in_decoder,
 )
-from reft_kernels.orthogonal import OrthonormalRows, shared_rows
+from reft_kernels.orthogonal import shared_rows
 from reft_kernels.plan import Plan, activated, active_plan
 from reft_kernels.planner import Planner
 from reft_kernels.positions import is_same_for_all
 from reft_kernels.pyvene_methods import ReftModelOutput
 from reft_kernels.recompute import Checkpoints
-from reft_kernels.rotate_layer import RotateLayer
+from reft_kernels.rotate_layer import orthonormal_parts
 from reft_kernels.saved_model import SavedModel
 
 
@@ -155,13 +154,6 @@ class ReftModel(SavedModel):
         self._handles.append(body.register_forward_hook(call.after, with_kwargs=True))
         self._checkpoints = Checkpoints(self.model, sites)
         weakref.finalize(self, _remove, self._handles, self._checkpoints)
-
-    def _rows(self) -> list[OrthonormalRows]:
-        """The parametrisations of the built-in interventions, as they are now."""
-        layers = (getattr(module, "rotate_layer", None) for module in self.interventions.values())
-        rows = (layer.rows for layer in layers if isinstance(layer, RotateLayer))
-        parts = (one.inner if isinstance(one, ComplementRows) else one for one in rows)
-        return [part for part in parts if isinstance(part, OrthonormalRows)]
 
     def set_orthogonality(self, orthogonality: str, project: bool = False) -> None:
         """Another parametrisation of every R with orthonormal rows, which stays what it is to rounding.
@@ -371,7 +363,7 @@ class ReftModel(SavedModel):
         plan.rebuild = self.config.rebuild
         if plan.grad and not torch.compiler.is_compiling():
             self._checkpoints.follow()
-        with activated(plan), shared_rows(self._rows()):
+        with activated(plan), shared_rows(orthonormal_parts(self.interventions.values())):
             yield
 
     @contextmanager

@@ -26,8 +26,8 @@ _PYVENE_FIELDS: dict[str, Any] = {
     "latent_dim": None,
 }
 
-# The order of pyvene's ``RepresentationConfig``, for representations that are plain lists.
-_PYVENE_ORDER = (
+# pyvene's ``RepresentationConfig`` in its order, for representations that are plain lists; latent_dim was added last.
+PYVENE_FIELDS = (
     "layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "intervention_type", "intervention",
     "subspace_partition", "group_key", "intervention_link_key", "moe_key", "source_representation",
     "hidden_source_representation", "latent_dim",
@@ -165,8 +165,8 @@ class Representation:
             return value
         if hasattr(value, "_asdict"):
             value = {name: field for name, field in value._asdict().items() if field is not None}
-        elif isinstance(value, (list, tuple)) and len(value) <= len(_PYVENE_ORDER):
-            given = zip(_PYVENE_ORDER, value, strict=False)
+        elif isinstance(value, (list, tuple)) and len(value) <= len(PYVENE_FIELDS):
+            given = zip(PYVENE_FIELDS, value, strict=False)
             value = {name: field for name, field in given if field is not None}
         if not isinstance(value, Mapping):
             raise TypeError(f"a representation must be a dict or a Representation, got {type(value).__name__}")
@@ -202,7 +202,7 @@ def _with_type(item: Any, default: type[nn.Module] | None) -> Any:
     if default is not None and hasattr(item, "_asdict"):
         item = item._asdict()
     elif default is not None and isinstance(item, (list, tuple)):
-        item = dict(zip(_PYVENE_ORDER, item, strict=False))
+        item = dict(zip(PYVENE_FIELDS, item, strict=False))
     if default is None or not isinstance(item, Mapping):
         return item
     if item.get("intervention") is None and item.get("intervention_type") is None:

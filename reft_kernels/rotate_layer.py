@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reft_kernels.complement import ComplementRows
-from reft_kernels.orthogonal import check_orthonormal, row_error
+from reft_kernels.orthogonal import OrthonormalRows, check_orthonormal, row_error
 from reft_kernels.stiefel import Rows, make_rows, retract_
 
 # |R R^T - I| of rows that were orthonormal when they were rounded to float32.
@@ -99,6 +100,14 @@ class RotateLayer(nn.Module):
         """x R^T in the dtype of R: [..., d] to [..., r]."""
         weight = self.weight
         return x.to(weight.dtype) @ weight
+
+
+def orthonormal_parts(interventions: Iterable[nn.Module]) -> list[OrthonormalRows]:
+    """The parametrisations of those interventions' R that are computed, all in one, from free parameters."""
+    layers = (getattr(module, "rotate_layer", None) for module in interventions)
+    rows = (layer.rows for layer in layers if isinstance(layer, RotateLayer))
+    parts = (one.inner if isinstance(one, ComplementRows) else one for one in rows)
+    return [part for part in parts if isinstance(part, OrthonormalRows)]
 
 
 class LowRankRotateLayer(nn.Module):

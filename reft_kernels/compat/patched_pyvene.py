@@ -14,9 +14,9 @@ from reft_kernels.compat.patched_interventions import is_fused
 from reft_kernels.compat.replacement import Replacement
 from reft_kernels.hooks import may_write
 from reft_kernels.interventions import edit_rows
-from reft_kernels.orthogonal import OrthonormalRows, shared_rows
+from reft_kernels.orthogonal import shared_rows
 from reft_kernels.positions import drop_duplicates
-from reft_kernels.rotate_layer import RotateLayer
+from reft_kernels.rotate_layer import orthonormal_parts
 
 
 def replacements(pyreft: Any, pyvene: Any) -> Iterator[Replacement]:
@@ -175,16 +175,10 @@ def _remove_own_hooks(self: Any) -> None:
 def _with_shared_rows(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with shared_rows(_rows(self)):
+        with shared_rows(orthonormal_parts(self.interventions.values())):
             return stock(self, *args, **kwargs)
 
     return method
-
-
-def _rows(self: Any) -> list[OrthonormalRows]:
-    layers = (getattr(module, "rotate_layer", None) for module in self.interventions.values())
-    rows = (layer.rows for layer in layers if isinstance(layer, RotateLayer))
-    return [row for row in rows if isinstance(row, OrthonormalRows)]
 
 
 def _broadcast(stock: Callable[..., Any]) -> Callable[..., Any]:

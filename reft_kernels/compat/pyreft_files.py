@@ -36,6 +36,7 @@ from reft_kernels.folders import replace_files, replace_folder
 from reft_kernels.interventions import INTERVENTIONS, Intervention, NodireftIntervention
 from reft_kernels.positions import parse_positions
 from reft_kernels.pyreft_layout import Operands, read_operands, with_plain_rotation, without_base, write_state
+from reft_kernels.representation import PYVENE_FIELDS
 from reft_kernels.tensor_files import read_json, read_pickle, write_json, write_pickle
 
 CONFIG_FILE = "config.json"
@@ -47,13 +48,6 @@ TRAINER_FOLDER = "intervenable_model"
 _WEIGHTS = "intkey_*.bin"
 _EDIT_PARTS = ("rotate_layer", "proj_layer", "learned_source", "embed_dim", "interchange_dim")
 _COMPONENT = re.compile(r"[\w.\[\]]+")  # it becomes part of a file's name
-
-# Of pyvene's RepresentationConfig, a named tuple that its JSON lists without the names; latent_dim was added last.
-_FIELDS = (
-    "layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "intervention_type", "intervention",
-    "subspace_partition", "group_key", "intervention_link_key", "moe_key", "source_representation",
-    "hidden_source_representation", "latent_dim",
-)  # fmt: skip
 
 # Names that pyreft's classes had in its first days.
 _OLD_NAMES = {
@@ -176,11 +170,11 @@ def read_entries(folder: Path, classes: Mapping[str, type[nn.Module]] | None = N
 
 def _fields(place: str, item: Any) -> dict[str, Any]:
     """A representation, listed or by name, with the defaults of what it leaves out."""
-    if isinstance(item, list) and len(item) <= len(_FIELDS):
-        item = dict(zip(_FIELDS, item, strict=False))
-    if not isinstance(item, Mapping) or set(item) - set(_FIELDS):
+    if isinstance(item, list) and len(item) <= len(PYVENE_FIELDS):
+        item = dict(zip(PYVENE_FIELDS, item, strict=False))
+    if not isinstance(item, Mapping) or set(item) - set(PYVENE_FIELDS):
         raise ValueError(f"{place} must be a list or an object of pyvene's fields, got {item!r}")
-    fields = {**dict.fromkeys(_FIELDS), "layer": 0, "component": "block_output", **item}
+    fields = {**dict.fromkeys(PYVENE_FIELDS), "layer": 0, "component": "block_output", **item}
     component, layer = fields["component"], fields["layer"]
     readable = isinstance(component, str) and _COMPONENT.fullmatch(component) is not None
     if not readable or ("." not in component and not isinstance(layer, int)):
@@ -403,7 +397,7 @@ def _without_fixed_rows(entry: Mapping[str, Any]) -> Entry:
 def _listed(entry: Mapping[str, Any]) -> list[Any]:
     """A representation as pyvene's named tuple in JSON."""
     fields = {
-        **dict.fromkeys(_FIELDS),
+        **dict.fromkeys(PYVENE_FIELDS),
         "layer": 0 if entry["layer"] is None else entry["layer"],
         "component": entry["component"],
         "unit": "pos",
