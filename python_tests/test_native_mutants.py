@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from fenced_memory import fenced
 from native_machine import FEW_SOURCES, Device, Machine, Wishes, build
 from native_mutants import FLAGS, Mutant, fault_of, mutated
 from test_edit_kernels import Launch, check_backward, check_forward, hostile_gradient
@@ -143,8 +144,11 @@ PLAIN = EditCase("loreft", "tanh", "mixed", shape=(7, 43), r=6)
 
 def forward(case: EditCase, wishes: Wishes) -> Callable[[Machine], object]:
     def run(machine: Machine) -> None:
+        o = random_edit(case, seed=1)
+        assert o.W is not None
+        o = replace(o, h=fenced(o.h), R=fenced(o.R), W=fenced(o.W))
         with machine.forced(forward=wishes):
-            check_forward(random_edit(case, seed=1), Launch(), backend=machine)
+            check_forward(o, Launch(), backend=machine)
 
     return run
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_models import tiny_model
+from two_processes import WORLD, in_processes
 
 from reft_kernels import ReftConfig, get_reft_model
 from reft_kernels.orthogonal import OrthonormalRows
 
 pytestmark = pytest.mark.slow
-WORLD = 2
 
 
 def losses(shard: bool, rank: int) -> list[float]:
@@ -56,15 +56,12 @@ def losses(shard: bool, rank: int) -> list[float]:
 def work(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    try:
-        whole, sharded = losses(False, rank), losses(True, rank)
-        assert len(set(whole)) == len(whole)  # every write shows
-        assert sharded == pytest.approx(whole, rel=1e-5)
-    finally:
-        dist.destroy_process_group()
+    whole, sharded = losses(False, rank), losses(True, rank)
+    assert len(set(whole)) == len(whole)  # every write shows
+    assert sharded == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_sharded_training_is_that_of_one_process(tmp_path: Path) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    torch.multiprocessing.spawn(work, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD)
+    in_processes(work, str(tmp_path / "rendezvous"))

@@ -13,12 +13,12 @@ from tiny_models import VOCABULARY, tiny_model
 from torch import Tensor
 from training_support import make_llama, make_tokenizer, rows
 from transformers import TrainingArguments, set_seed
+from two_processes import WORLD, in_processes
 
 import reft_kernels as pyreft
 from reft_kernels.training import SupervisedCollator
 
 pytestmark = pytest.mark.slow
-WORLD = 2
 EXAMPLES, BATCH, EPOCHS = 12, 4, 2
 
 
@@ -87,10 +87,7 @@ def work(rank: int, kind: str, folder: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    try:
-        torch.save(run(kind, Path(folder) / "run", BATCH // WORLD), f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    torch.save(run(kind, Path(folder) / "run", BATCH // WORLD), f"{folder}/rank{rank}.pt")
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
@@ -98,7 +95,7 @@ def work(rank: int, kind: str, folder: str) -> None:
     "kind", ["ReftTrainerForCausalLM", "ReftTrainerForCausalLMDistributed", "ReftTrainerForSequenceClassification"]
 )
 def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
-    torch.multiprocessing.spawn(work, args=(kind, str(tmp_path)), nprocs=WORLD)
+    in_processes(work, kind, str(tmp_path))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD))
     whole = run(kind, tmp_path / "whole", BATCH)
 

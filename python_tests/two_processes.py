@@ -72,7 +72,17 @@ def assert_trained_alike(found: ReftModel, losses: Tensor, case: dict[str, Any])
 
 
 def in_processes(work: Callable[..., None], *args: Any) -> None:
-    torch.multiprocessing.spawn(work, args=args, nprocs=WORLD)
+    """``work(rank, *args)`` in each process, whose process group is then destroyed."""
+    done = torch.multiprocessing.get_context("spawn").Barrier(WORLD)
+    torch.multiprocessing.spawn(_together, args=(work, done, args), nprocs=WORLD)
+
+
+def _together(rank: int, work: Callable[..., None], done: Any, args: tuple[Any, ...]) -> None:
+    work(rank, *args)
+    # One that leaves early closes its connections while the other may still be in its last collective.
+    done.wait(timeout=300)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share(rank: int) -> Tensor:
