@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from training_support import make_llama, make_tokenizer, rows
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from reft_kernels.checkpoint import BASE_FILE
 from reft_kernels.config import ReftConfig
 from reft_kernels.model import ReftModel, get_reft_model
 from reft_kernels.stiefel_adamw import StiefelAdamW
@@ -22,6 +23,7 @@ from reft_kernels.training import (
     last_complete_checkpoint,
     make_supervised_data_module,
 )
+from reft_kernels.training.checkpoints import FILES, save_beside
 
 
 def make_model(seed: int = 1, **options: Any) -> ReftModel:
@@ -357,3 +359,20 @@ def test_what_the_trainer_refuses(tmp_path: Path) -> None:
         ReftTrainerForCausalLM(model, arguments(tmp_path), **make_data(model)).train(resume_from_checkpoint=True)
     trainer = ReftTrainerForCausalLM(model, arguments(tmp_path), tokenizer=tokenizer)
     assert trainer.data_collator.collator == SupervisedCollator(1)
+
+
+def test_a_file_of_another_process_may_appear_while_the_adapter_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    save = model.save
+
+    def save_as_the_other_writes(folder: Path, **options: Any) -> None:
+        (tmp_path / "checkpoint-1" / "rng_state_1.pth").write_text("another process's")
+        save(folder, **options)
+
+    monkeypatch.setattr(model, "save", save_as_the_other_writes)
+    save_beside(model, tmp_path / "checkpoint-1")
+    assert ReftModel.load(tmp_path / "checkpoint-1", make_llama()).keys == model.keys
+    names = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert names == {"rng_state_1.pth", *FILES} - {BASE_FILE}

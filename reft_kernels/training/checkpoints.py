@@ -39,15 +39,13 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 
 def save_beside(model: ReftModel, folder: Path) -> None:
-    """`model.save(folder)` for a folder that may hold other files, such as the Trainer's.
+    """`model.save(folder)` for a folder that holds other files, such as the Trainer's and those that its other
+    processes are writing meanwhile.
 
     A crash leaves the old adapter, the new one, or a folder that is no adapter; never a mixture of two.
     """
     include_model = any(parameter.requires_grad for parameter in model.model.parameters())
-    others = {path.name for path in folder.iterdir()} - set(FILES) if folder.is_dir() else set()
-    if not others:
-        model.save(folder, include_model=include_model)
-        return
+    folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder))
     try:
         model.save(staging, include_model=include_model)
