@@ -11,7 +11,7 @@ import pytest
 from training_support import rows, save_model, write_rows
 
 from reft_kernels.cli import main, train
-from reft_kernels.cli.output import write_atomically
+from reft_kernels.jobs.run_folder import write_atomically
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 
 from reft_kernels import reference
 from reft_kernels.cli import build_parser, main, tune
-from reft_kernels.cli.common import UserError
+from reft_kernels.jobs.errors import UserError
 from reft_kernels.triton import config_tables, launch_configs
 from reft_kernels.triton.config_tables import Config, Entry, Key, format_table, make_config, misfit, read_table
 from reft_kernels.tuning import MAX_NAMED_ROWS, Variant, candidates, default_variant, mismatch

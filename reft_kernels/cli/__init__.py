@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from reft_kernels.cli import convert, evaluate, generate, info, train, tune
-from reft_kernels.cli.common import Parser, UserError
+from reft_kernels.cli.common import Parser
+from reft_kernels.jobs.errors import UserError
 
 COMMANDS = {
     "train": train,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_kernels.cli.common import UserError, choose_device, load_base, user_errors
-from reft_kernels.cli.output import LOG_FILE, find_adapter, training_settings
+from reft_kernels.checkpoint import CONFIG_FILE
+from reft_kernels.jobs.base_models import choose_device, load_base
+from reft_kernels.jobs.errors import UserError, user_errors
+from reft_kernels.jobs.run_folder import LOG_FILE, training_settings
 
 if TYPE_CHECKING:
     import torch
@@ -33,3 +36,27 @@ def load_edited(
     with user_errors(f"--adapter {arguments.adapter}"):
         model = ReftModel.load(str(adapter), base)
     return model.to(device).eval(), tokenizer, settings
+
+
+def find_adapter(name: str | None) -> Path | None:
+    """The adapter folder, of any format, that the option `--adapter` names, or None for the frozen base model."""
+    if name is None or name == "none":
+        return None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--adapter {name}: no such folder")
+    if not (folder / CONFIG_FILE).is_file() and not _is_foreign(folder):
+        checkpoints = sorted(path.name for path in folder.glob("checkpoint-*") if (path / CONFIG_FILE).is_file())
+        hint = f"; it holds {', '.join(checkpoints)}, name one of them" if checkpoints else ""
+        raise UserError(f"--adapter {name}: the folder holds no {CONFIG_FILE}, so it is no adapter{hint}")
+    return folder
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether the folder holds an adapter of pyreft or AdapterHub."""
+    from reft_kernels.model_files import find_format
+
+    try:
+        return find_format(folder) in ("pyreft", "adapterhub")
+    except (OSError, ValueError):
+        return False

@@ -1,4 +1,4 @@
-"""What the commands share: options, errors in one sentence, and the loading of models and data.
+"""What the commands share: options and the loading of data.
 
 torch and transformers are imported inside the functions, so that `--help` answers at once.
 """
@@ -6,25 +6,15 @@ torch and transformers are imported inside the functions, so that `--help` answe
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from reft_kernels.jobs.base_models import DTYPES
+from reft_kernels.jobs.errors import UserError, user_errors
+
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from reft_kernels.training.data import Example
-
-USER_ERRORS = (ValueError, TypeError, KeyError, ImportError, OSError)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class UserError(Exception):
-    """Something the user gave is wrong; the message is one sentence that names it."""
-
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except those that mean "not given"."""
@@ -66,16 +56,6 @@ def template_text(text: str) -> str:
     if text.count("%s") != 1:
         raise argparse.ArgumentTypeError(f'must hold "%s" exactly once, got {text!r}')
     return text
-
-
-@contextmanager
-def user_errors(what: str, kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
-    """Turns errors about what the user gave into a UserError that starts with `what`."""
-    try:
-        yield
-    except kinds as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, needs_model: bool) -> None:
@@ -135,48 +115,6 @@ def add_template_argument(group: Any) -> None:
         help="the prompt, with %%s for the instruction (and, after a blank line, the input); \\n is a line "
         "break (default: %%s\\n, and for a trained adapter the template it was trained with)",
     )
-
-
-def choose_device(name: str) -> str:
-    """The device that --device names. Raises UserError where there is none."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
-    return name
-
-
-def choose_dtype(name: str, device: str) -> torch.dtype:
-    """The dtype that --dtype names: bfloat16 on a GPU and float32 elsewhere for auto."""
-    import torch
-
-    if name == "auto":
-        name = "bfloat16" if device == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def load_base(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, in eval mode on `device`, and its tokenizer. For a folder the hub is not asked."""
-    folder = Path(name).expanduser()
-    local = folder.is_dir()
-    if local and not (folder / "config.json").is_file():
-        raise UserError(f"--model {name}: the folder holds no config.json, so it is no model folder")
-    if not local and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.exists()):
-        raise UserError(f"--model {name}: no such folder")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # of the loading of weights
-    source = str(folder) if local else name
-    what = f"--model {name}" if local else f"--model {name}: no folder here, and not to be had from the hub"
-    with user_errors(what, (Exception,)):  # safetensors, tokenizers and the hub have error classes of their own
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, dtype=choose_dtype(dtype, device))
-    return model.to(device).eval(), tokenizer
 
 
 def load_examples(data: str, split: str, max_examples: int | None, *, needs_output: bool) -> list[Example]:

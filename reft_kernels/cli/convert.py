@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from reft_kernels.cli.common import UserError, user_errors
+from reft_kernels.jobs.errors import UserError, user_errors
 
 if TYPE_CHECKING:
     import torch

@@ -15,16 +15,15 @@ from pathlib import Path
 
 from reft_kernels.cli.adapter import load_edited
 from reft_kernels.cli.common import (
-    UserError,
     add_adapter_argument,
     add_data_arguments,
     add_model_arguments,
     add_template_argument,
     at_least,
     load_examples,
-    user_errors,
 )
-from reft_kernels.cli.output import write_atomically
+from reft_kernels.jobs.errors import UserError, user_errors
+from reft_kernels.jobs.run_folder import write_atomically
 
 HELP = "print the accuracy on a data set"
 USAGE = "--adapter FOLDER --data FILE|NAME [options]"

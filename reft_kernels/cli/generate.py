@@ -7,13 +7,12 @@ import sys
 
 from reft_kernels.cli.adapter import load_edited
 from reft_kernels.cli.common import (
-    UserError,
     add_adapter_argument,
     add_model_arguments,
     add_template_argument,
     at_least,
-    user_errors,
 )
+from reft_kernels.jobs.errors import UserError, user_errors
 
 HELP = "continue a prompt"
 USAGE = "--adapter FOLDER --prompt TEXT [options]"

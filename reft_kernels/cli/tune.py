@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reft_kernels.cli.common import UserError, at_least, user_errors
+from reft_kernels.cli.common import at_least
+from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.triton.config_tables import (
     CONFIGS,
     DTYPES,
@@ -218,7 +219,7 @@ def _words(config: Config) -> str:
 
 def _check_writable(path: Path) -> None:
     """Finds out before the work whether its result could be kept."""
-    from reft_kernels.cli.output import write_atomically
+    from reft_kernels.jobs.run_folder import write_atomically
 
     _read(path)
     probe = path.with_name(f".{path.name}.probe")
@@ -236,7 +237,7 @@ def _read(path: Path) -> dict[Key, Entry]:
 
 def _merge(path: Path, header: dict[str, str], outcome: Outcome) -> None:
     """Adds one entry to the table, or replaces the one of its key; the file holds the old table or the new."""
-    from reft_kernels.cli.output import write_atomically
+    from reft_kernels.jobs.run_folder import write_atomically
 
     entries = _read(path) | {outcome.key: Entry(outcome.config, outcome.us)}
     with user_errors(f"--out {path.parent}"):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reft_kernels.checkpoint import ADAPTER_FILE, BASE_FILE, CONFIG_FILE
-from reft_kernels.cli.common import UserError, user_errors
+from reft_kernels.jobs.errors import UserError, user_errors
 
 LOG_FILE = "train_log.json"
+PREDICTIONS = "predictions"
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -32,7 +35,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _run_files(folder: Path) -> list[Path]:
-    names = {LOG_FILE, CONFIG_FILE, ADAPTER_FILE, BASE_FILE}
+    names = {LOG_FILE, PREDICTIONS, CONFIG_FILE, ADAPTER_FILE, BASE_FILE}
     if not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if path.name in names or path.name.startswith("checkpoint-")]
@@ -58,30 +61,6 @@ def write_log(folder: Path, log: dict[str, Any]) -> None:
         write_atomically(folder / LOG_FILE, json.dumps(log, indent=1) + "\n")
 
 
-def find_adapter(name: str | None) -> Path | None:
-    """The adapter folder, of any format, that the option `--adapter` names, or None for the frozen base model."""
-    if name is None or name == "none":
-        return None
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"--adapter {name}: no such folder")
-    if not (folder / CONFIG_FILE).is_file() and not _is_foreign(folder):
-        checkpoints = sorted(path.name for path in folder.glob("checkpoint-*") if (path / CONFIG_FILE).is_file())
-        hint = f"; it holds {', '.join(checkpoints)}, name one of them" if checkpoints else ""
-        raise UserError(f"--adapter {name}: the folder holds no {CONFIG_FILE}, so it is no adapter{hint}")
-    return folder
-
-
-def _is_foreign(folder: Path) -> bool:
-    """Whether the folder holds an adapter of pyreft or AdapterHub."""
-    from reft_kernels.model_files import find_format
-
-    try:
-        return find_format(folder) in ("pyreft", "adapterhub")
-    except (OSError, ValueError):
-        return False
-
-
 def training_settings(adapter: Path | None) -> dict[str, Any]:
     """The settings that `train` logged beside the adapter, or beside the checkpoint's folder; {} without a log."""
     for folder in () if adapter is None else (adapter, adapter.resolve().parent):
@@ -91,6 +70,13 @@ def training_settings(adapter: Path | None) -> dict[str, Any]:
                 settings = json.loads(path.read_text(encoding="utf-8")).get("settings")
             return settings if isinstance(settings, dict) else {}
     return {}
+
+
+def write_predictions(folder: Path, name: str, predictions: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a row to `predictions/NAME.jsonl`."""
+    path = folder / PREDICTIONS / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.jsonl"
+    with user_errors(f"--output {folder}"):
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in predictions))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,79 @@
+"""Loading the base model of a job."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reft_kernels.jobs.errors import UserError, user_errors
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def choose_device(name: str) -> str:
+    """The device that --device names. Raises UserError where there is none."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
+    return name
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype that --dtype names: bfloat16 on a GPU and float32 elsewhere for auto."""
+    import torch
+
+    if name == "auto":
+        name = "bfloat16" if device.startswith("cuda") else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_base(
+    name: str, dtype: str, device: str, *, labels: int | None = None, regression: bool = False, seed: int = 42
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, in eval mode on `device`, and its tokenizer. For a folder the hub is not asked.
+
+    Args:
+        labels: load a classifier with so many labels, whose head is new where the model has none of that size.
+        regression: the one label is a number.
+        seed: of a new head.
+    """
+    folder = Path(name).expanduser()
+    local = folder.is_dir()
+    if local and not (folder / "config.json").is_file():
+        raise UserError(f"--model {name}: the folder holds no config.json, so it is no model folder")
+    if not local and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.exists()):
+        raise UserError(f"--model {name}: no such folder")
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # of the loading of weights
+    source = str(folder) if local else name
+    what = f"--model {name}" if local else f"--model {name}: no folder here, and not to be had from the hub"
+    options: dict[str, Any] = {"local_files_only": local, "dtype": choose_dtype(dtype, device)}
+    verbosity = logging.get_verbosity()
+    with user_errors(what, (Exception,)):  # safetensors, tokenizers and the hub have error classes of their own
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        if labels is None:
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
+        else:
+            kind = "regression" if regression else "single_label_classification"
+            options |= {"num_labels": labels, "problem_type": kind, "ignore_mismatched_sizes": True}
+            try:
+                set_seed(seed)
+                logging.set_verbosity_error()  # which says that the head is new
+                model = AutoModelForSequenceClassification.from_pretrained(source, **options)
+            finally:
+                logging.set_verbosity(verbosity)
+            if model.config.pad_token_id is None:
+                model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device).eval(), tokenizer

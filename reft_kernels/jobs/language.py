@@ -1,0 +1,166 @@
+"""Jobs that learn the outputs of prompts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reft_kernels.jobs.errors import UserError, user_errors
+from reft_kernels.jobs.rows import read_all, source_names
+from reft_kernels.jobs.scores import Scores
+from reft_kernels.positions import parse_positions
+from reft_kernels.recipes.settings import JobSettings, read_subspace
+from reft_kernels.training.answers import AnswerRule, TextAfterTrigger, answer_rule
+from reft_kernels.training.causal_lm import ReftTrainerForCausalLM
+from reft_kernels.training.data import Example, SupervisedCollator, SupervisedDataset, pad_token_id, parse_row
+from reft_kernels.training.evaluate import evaluate_accuracy
+from reft_kernels.training.prompts import PromptStyle, prompt_and_target, prompt_style
+from reft_kernels.training.sources import Row, SkippedRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from reft_kernels.model import ReftModel
+
+
+class LanguageJob:
+    """Prompts, the outputs to learn, and how answers are scored.
+
+    Attributes:
+        train: the rows to learn.
+        held_out: rows kept from them to choose by; may be empty.
+        evaluated: the rows of each evaluation set, by name.
+        skipped: the rows that were left out because they could not be read.
+    """
+
+    labels: int | None = None
+    regression = False
+    trainer = ReftTrainerForCausalLM
+    best = ("eval_loss", False)
+
+    def __init__(self, settings: JobSettings) -> None:
+        self.settings = settings
+        with user_errors("--style"):
+            style = prompt_style(settings.style)
+            self.style = style if settings.template is None else PromptStyle(settings.template, trigger=style.trigger)
+        self.rule = _rule(settings)
+        with user_errors("--positions"):
+            parse_positions(settings.positions)
+        self.skipped = SkippedRows() if settings.skip_bad_rows else None
+        self.train: list[Example] = []
+        self.held_out: list[Example] = []
+        self.evaluated: dict[str, list[Example]] = {}
+        self._subspace: dict[int, tuple[int, ...]] = {}
+
+    def read(self) -> None:
+        """Read the rows to train on, those held out, and those to evaluate. Raises UserError naming source and row."""
+        settings = self.settings
+        parts = read_all(
+            settings.data,
+            lambda row: parse_row(row.fields, row.where, needs_output=True),
+            option="--data",
+            split=settings.split,
+            max_rows=settings.max_examples,
+            skipped=self.skipped,
+        )
+        self.train = [example for part in parts for example in part]
+        if settings.subspaces:
+            ranges = [read_subspace(text) for text in settings.subspaces]
+            self._subspace = {id(example): s for part, s in zip(parts, ranges, strict=True) for example in part}
+        with user_errors("--held-out"):
+            self.train, self.held_out = hold_out(self.train, settings.held_out, settings.seed)
+        self.read_evaluated()
+
+    def read_evaluated(self) -> None:
+        """Read the rows to evaluate alone."""
+        settings = self.settings
+        if not settings.eval_data:
+            return
+        parts = read_all(
+            settings.eval_data,
+            self._scored_row,
+            option="--eval-data",
+            split=settings.eval_split,
+            max_rows=settings.max_eval_examples,
+            skipped=self.skipped,
+        )
+        self.evaluated = dict(zip(source_names(settings.eval_data), parts, strict=True))
+
+    def _scored_row(self, row: Row) -> Example:
+        return parse_row(row.fields, row.where, needs_output=self.settings.evaluation in ("loss", "recite"))
+
+    def data(self, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel) -> dict[str, Any]:
+        """The Trainer's `train_dataset`, `eval_dataset` (None without held-out rows) and `data_collator`."""
+        with user_errors("--data"):
+            return {
+                "train_dataset": self._dataset(self.train, tokenizer, reft_model),
+                "eval_dataset": self._dataset(self.held_out, tokenizer, reft_model) if self.held_out else None,
+                "data_collator": SupervisedCollator(pad_token_id(tokenizer)),
+            }
+
+    def _dataset(
+        self, examples: list[Example], tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel
+    ) -> SupervisedDataset:
+        pairs = [
+            prompt_and_target(one.instruction, one.input, one.output, style=self.style, tokenizer=tokenizer)
+            for one in examples
+        ]
+        return SupervisedDataset(
+            tokenizer,
+            reft_model,
+            [prompt for prompt, _ in pairs],
+            [target or "" for _, target in pairs],
+            max_length=self.settings.max_length,
+            subspaces=[self._subspace[id(one)] for one in examples] if self._subspace else None,
+        )
+
+    def evaluate(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], *, progress: bool
+    ) -> Scores:
+        """The scores of a ReftModel or a plain model on these rows."""
+        settings = self.settings
+        if settings.evaluation == "generate":
+            result = evaluate_accuracy(
+                model,
+                tokenizer,
+                examples,
+                style=self.style,
+                rule=self.rule,
+                batch_size=settings.eval_batch_size,
+                progress=progress,
+                **self.generation(),
+            )
+            said = [asdict(one) for one in result.predictions]
+            return Scores({"accuracy": result.accuracy, "unanswered": result.unanswered / result.total}, len(said), said)
+        raise UserError(f"--evaluation {settings.evaluation}: nothing to do")
+
+    def generation(self) -> dict[str, Any]:
+        """Keywords of `generate`."""
+        settings = self.settings
+        found: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "num_beams": settings.num_beams}
+        if settings.temperature > 0:
+            found |= {
+                "do_sample": True,
+                "temperature": settings.temperature,
+                "top_p": settings.top_p,
+                "top_k": settings.top_k,
+            }
+        if settings.num_beams > 1:
+            found["early_stopping"] = True
+        if settings.no_repeat_ngram_size:
+            found["no_repeat_ngram_size"] = settings.no_repeat_ngram_size
+        if settings.repetition_penalty != 1.0:
+            found["repetition_penalty"] = settings.repetition_penalty
+        return found
+
+
+def _rule(settings: JobSettings) -> AnswerRule:
+    with user_errors("--rule"):
+        if settings.trigger is None:
+            return answer_rule(settings.rule)
+        if settings.rule != "commonsense":
+            raise ValueError(f"a trigger is for the rule commonsense, not for {settings.rule}")
+        return TextAfterTrigger(settings.trigger)

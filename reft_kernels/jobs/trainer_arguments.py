@@ -1,0 +1,75 @@
+"""A job's settings as transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reft_kernels.recipes.settings import JobSettings
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a job runs, and what it writes and shows. Nothing here changes what is computed."""
+
+    model: str
+    output: Path
+    dtype: str = "auto"
+    device: str = "auto"
+    save_steps: int = 500
+    keep_checkpoints: int = 2
+    log_steps: int = 10
+    report_to: tuple[str, ...] = ()
+    progress: bool = True
+    resume: bool = False
+    overwrite: bool = False
+
+
+def training_arguments(
+    settings: JobSettings, options: RunOptions, device: str, *, best: tuple[str, bool] | None, evaluates: bool
+) -> Any:
+    """The Trainer's TrainingArguments.
+
+    Args:
+        best: the metric that the best epoch is chosen by, and whether more of it is better.
+        evaluates: there are held-out rows, looked at after every epoch.
+    """
+    from transformers import TrainingArguments
+
+    more: dict[str, Any] = {}
+    # transformers 5 takes a fraction as warmup_steps; 4.57 has a name of its own for it.
+    if settings.warmup < 1 and "warmup_ratio" in TrainingArguments.__dataclass_fields__:
+        more["warmup_ratio"] = settings.warmup
+    else:
+        more["warmup_steps"] = settings.warmup if settings.warmup < 1 else int(settings.warmup)
+    if best is not None:
+        more |= {"load_best_model_at_end": True, "metric_for_best_model": best[0], "greater_is_better": best[1]}
+    by_epoch = best is not None
+    return TrainingArguments(
+        output_dir=str(options.output),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.scheduler,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        eval_strategy="epoch" if evaluates else "no",
+        save_strategy="epoch" if by_epoch else "steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 500,
+        save_total_limit=options.keep_checkpoints,
+        logging_steps=options.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        torch_compile=settings.compile,
+        disable_tqdm=not options.progress,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
+        report_to=list(options.report_to) or "none",
+        **more,
+    )

@@ -1,0 +1,326 @@
+"""What a training job can be told: one field for each option, with its type, its range and what it is for.
+
+Recipes, `--set key=value`, the options of the command line and the search all read the fields from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from reft_kernels.interventions import METHODS
+from reft_kernels.reference import ACTIVATIONS
+from reft_kernels.stiefel import ORTHOGONALITIES
+
+PEFT_METHODS = ("lora", "dora")
+ALL_METHODS = (*METHODS, "red", *PEFT_METHODS, "frozen")
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+EVALUATIONS = ("generate", "rank", "loss", "recite", "none")
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a setting is read: its type, its least value, its choices, and what `--help` says of it."""
+
+    kind: type
+    help: str
+    group: str
+    minimum: float | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str = ""
+    many: bool = False
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value in the setting's own type. Raises ValueError that names it."""
+        if value is None and self.optional:
+            return None
+        if self.many:
+            items = [value] if isinstance(value, str) else value
+            if not isinstance(items, (list, tuple)):
+                raise ValueError(f"{name} must be a list, got {value!r}")
+            return tuple(self._one(name, item) for item in items)
+        return self._one(name, value)
+
+    def _one(self, name: str, value: Any) -> Any:
+        whole = isinstance(value, float) and value.is_integer()
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif self.kind is int and whole:
+            value = int(value)
+        if not isinstance(value, self.kind) or (self.kind is not bool and isinstance(value, bool)):
+            raise ValueError(f"{name} must be {_WORDS[self.kind]}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+        if self.minimum is not None and isinstance(value, (int, float)) and value < self.minimum:
+            raise ValueError(f"{name} must be at least {self.minimum}, got {value}")
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
+        return value
+
+    def read(self, name: str, text: str) -> Any:
+        """The value that a text stands for: "none" for an optional one, items between commas for several."""
+        if self.optional and text.lower() == "none":
+            return None
+        if self.many:
+            return self.check(name, [item for item in text.split(",") if item])
+        if self.kind is bool:
+            if text.lower() not in ("true", "false"):
+                raise ValueError(f"{name} must be true or false, got {text!r}")
+            return text.lower() == "true"
+        if self.kind is str:
+            return self.check(name, text.replace("\\n", "\n"))
+        try:
+            return self.check(name, self.kind(text))
+        except ValueError as error:
+            if str(error).startswith(name):
+                raise
+            raise ValueError(f"{name} must be {_WORDS[self.kind]}, got {text!r}") from None
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _option(default: Any, kind: type, group: str, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"option": Option(kind, help, group, **more)})
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """Everything that decides what a job computes. Raises ValueError naming the field, what it takes and what came."""
+
+    task: str = _option(
+        "language",
+        str,
+        "task",
+        "what is learned: outputs of prompts, or labels of texts",
+        choices=("language", "classification"),
+    )
+    style: str = _option(
+        "commonsense",
+        str,
+        "task",
+        "how a row becomes prompt and target: commonsense, math, gsm8k, alpaca, memorise or chat",
+        metavar="NAME",
+    )
+    template: str | None = _option(
+        None,
+        str,
+        "task",
+        'the prompt instead of the style\'s: "%s" is the instruction (and, after a blank line, the input); \\n is a '
+        "line break",
+        metavar="TEXT",
+        optional=True,
+    )
+    glue: str | None = _option(
+        None, str, "task", "the GLUE task of a classification, which says its fields, labels and metric", optional=True
+    )
+    evaluation: str = _option(
+        "generate",
+        str,
+        "task",
+        "how answers are scored: generated, ranked by likelihood, by loss alone, or as a text recited",
+        choices=EVALUATIONS,
+    )
+    rule: str = _option(
+        "commonsense",
+        str,
+        "task",
+        "which part of a generated text is the answer, and when it is right: commonsense (the text after the trigger), "
+        "math (the last number, or a letter) or gsm8k",
+        metavar="NAME",
+    )
+    trigger: str | None = _option(
+        None, str, "task", "text that the answer follows, instead of the rule's", metavar="TEXT", optional=True
+    )
+    max_new_tokens: int = _option(32, int, "task", "longest continuation, in tokens", minimum=1, metavar="N")
+    num_beams: int = _option(1, int, "task", "beams of the generation", minimum=1, metavar="N")
+    temperature: float = _option(0.0, float, "task", "0 is greedy, above 0 samples", minimum=0, metavar="T")
+    top_p: float = _option(1.0, float, "task", "when sampling", minimum=0, metavar="P")
+    top_k: int = _option(0, int, "task", "when sampling; 0 is all", minimum=0, metavar="K")
+    no_repeat_ngram_size: int = _option(0, int, "task", "no run of so many tokens twice", minimum=0, metavar="N")
+    repetition_penalty: float = _option(1.0, float, "task", "of generation", minimum=0, metavar="X")
+
+    data: tuple[str, ...] = _option(
+        (),
+        str,
+        "data",
+        "files (.jsonl, .json, .parquet, also .gz) or names on the Hugging Face hub, with the fields instruction, "
+        "input, output, answer (input and answer may be left out)",
+        metavar="FILE|NAME",
+        many=True,
+    )
+    subspaces: tuple[str, ...] = _option(
+        (),
+        str,
+        "data",
+        'one for each of --data: the directions of the edit that its rows train, such as "0-3"',
+        metavar="RANGE",
+        many=True,
+    )
+    split: str = _option("train", str, "data", "split of a data set from the hub", metavar="NAME")
+    max_examples: int | None = _option(None, int, "data", "use the first N rows", minimum=1, metavar="N", optional=True)
+    max_length: int = _option(512, int, "data", "longest prompt and output, in tokens", minimum=2, metavar="N")
+    held_out: str = _option(
+        "none",
+        str,
+        "data",
+        'rows kept from training to choose settings or an epoch by: "last:N", "count:N", "share:X", or "glue", which '
+        "takes them from --eval-data as the paper does",
+        metavar="HOW",
+    )
+    eval_data: tuple[str, ...] = _option(
+        (), str, "data", "evaluated after training, as --data", metavar="FILE|NAME", many=True
+    )
+    eval_split: str = _option("test", str, "data", "split of evaluation data from the hub", metavar="NAME")
+    max_eval_examples: int | None = _option(
+        None, int, "data", "evaluate the first N rows of each", minimum=1, metavar="N", optional=True
+    )
+    eval_batch_size: int = _option(16, int, "data", "rows a batch of evaluation", minimum=1, metavar="N")
+    best_epoch: bool = _option(
+        False, bool, "data", "keep the epoch that is best on the held-out rows instead of the last one"
+    )
+    skip_bad_rows: bool = _option(False, bool, "data", "leave out rows that cannot be read, and count them")
+
+    method: str = _option(
+        "loreft",
+        str,
+        "method",
+        "what an edit computes (the paper's DiReFT is nodireft); lora and dora through PEFT; frozen trains nothing",
+        choices=ALL_METHODS,
+    )
+    rank: int = _option(8, int, "method", "rank of an edit", minimum=1, metavar="R")
+    layers: str = _option("all", str, "method", '"all", or layer numbers such as "0;5;10"', metavar="LIST")
+    positions: str = _option(
+        "f7+l7",
+        str,
+        "method",
+        'prompt tokens to edit: "f7+l7" is the first and the last seven; "f3", "l1" and "all" work too',
+        metavar="TEXT",
+    )
+    tied: bool = _option(
+        True, bool, "method", "one edit a layer for both ends of the prompt; with --no-tied each end has its own"
+    )
+    component: str = _option("block_output", str, "method", "what is edited in a layer", metavar="NAME")
+    dropout: float = _option(0.0, float, "method", "on the edited row", minimum=0, metavar="P")
+    act_fn: str | None = _option(
+        None,
+        str,
+        "method",
+        "activation of the learned source (default: linear)",
+        choices=tuple(ACTIVATIONS),
+        optional=True,
+    )
+    orthogonality: str | None = _option(
+        None,
+        str,
+        "method",
+        "how R's rows are kept orthonormal: householder (the default: as pyreft), polar (R is the parameter, the "
+        "optimiser keeps it), or none",
+        choices=tuple(ORTHOGONALITIES),
+        optional=True,
+    )
+    add_bias: bool = _option(False, bool, "method", "a bias in the projection of noreft and nodireft")
+    lora_modules: tuple[str, ...] = _option(
+        (),
+        str,
+        "method",
+        "modules that lora and dora change (default: PEFT's for the model)",
+        metavar="NAME",
+        many=True,
+    )
+    lora_alpha: int = _option(32, int, "method", "scale of lora and dora, times their rank", minimum=1, metavar="N")
+    train_head: bool = _option(True, bool, "method", "train a classifier's head along")
+
+    epochs: float = _option(3.0, float, "training", "passes over the data", minimum=0.0, metavar="N")
+    max_steps: int | None = _option(
+        None,
+        int,
+        "training",
+        "stop after N optimiser steps, whatever --epochs says",
+        minimum=1,
+        metavar="N",
+        optional=True,
+    )
+    batch_size: int = _option(8, int, "training", "examples a batch", minimum=1, metavar="N")
+    accumulation: int = _option(1, int, "training", "batches an optimiser step", minimum=1, metavar="N")
+    lr: float = _option(9e-4, float, "training", "peak learning rate of AdamW", minimum=0.0, metavar="X")
+    scheduler: str = _option("linear", str, "training", "of the learning rate", choices=SCHEDULERS)
+    warmup: float = _option(
+        0.1,
+        float,
+        "training",
+        "below 1 a fraction of all steps, else a number of steps",
+        minimum=0.0,
+        metavar="N",
+    )
+    weight_decay: float = _option(0.0, float, "training", "on the learned matrices, not on R", minimum=0.0, metavar="X")
+    max_grad_norm: float = _option(1.0, float, "training", "gradient clipping; 0 is none", minimum=0.0, metavar="X")
+    seed: int = _option(42, int, "training", "of initial weights, data order and dropout", minimum=0, metavar="N")
+
+    gradient_checkpointing: bool = _option(
+        False, bool, "speed", "keep no activations of a block for the backward, but compute them again"
+    )
+    compile: bool = _option(False, bool, "speed", "torch.compile the model")
+
+    def __post_init__(self) -> None:
+        for name, option in OPTIONS.items():
+            object.__setattr__(self, name, option.check(name, getattr(self, name)))
+        if self.template is not None and self.template.count("%s") != 1:
+            raise ValueError(f'template must hold "%s" exactly once, got {self.template!r}')
+        if self.subspaces and len(self.subspaces) != len(self.data):
+            raise ValueError(f"subspaces must be one for each of data ({len(self.data)}), got {len(self.subspaces)}")
+        for text in self.subspaces:
+            read_subspace(text)
+        if (self.task == "classification") != (self.glue is not None):
+            raise ValueError(f"glue must be named for a classification and for nothing else, got {self.glue!r}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> JobSettings:
+        """The settings of these values, the others at their defaults. Raises ValueError for an unknown name."""
+        for name in values:
+            option_named(name)
+        return cls(**values)
+
+    def changed(self, values: Mapping[str, Any]) -> JobSettings:
+        """These settings with some values replaced. Raises ValueError for an unknown name."""
+        for name in values:
+            option_named(name)
+        return dataclasses.replace(self, **values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name and value of every field, as JSON has them (tuples as lists)."""
+        return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in OPTIONS}
+
+
+def read_subspace(text: str) -> tuple[int, ...]:
+    """The directions that "0-3" or "5" names. Raises ValueError for anything else."""
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+        raise ValueError(f'subspaces must be ranges of directions such as "0-3", got {text!r}')
+    return tuple(range(int(first), int(last or first) + 1))
+
+
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(JobSettings)}
+
+
+def option_named(name: str) -> Option:
+    """The option of a setting. Raises ValueError that lists the near names."""
+    if name in OPTIONS:
+        return OPTIONS[name]
+    import difflib
+
+    near = difflib.get_close_matches(name, OPTIONS, n=3)
+    raise ValueError(f"unknown setting {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+
+
+def read_assignment(text: str) -> tuple[str, Any]:
+    """Name and value of a `key=value`. Raises ValueError naming what is wrong."""
+    name, equals, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not equals:
+        raise ValueError(f"expected key=value, got {text!r}")
+    return name, option_named(name).read(name, value)
