@@ -122,7 +122,7 @@ def test_data_errors_name_file_line_and_field(given: Given, tmp_path: Path, caps
     missing = tmp_path / "nowhere.jsonl"
     assert fails(given.argv(data=missing), capsys).endswith(f"--data {missing}: no such file")
     assert fails(given.argv(data="nowhere.jsonl"), capsys).endswith("--data nowhere.jsonl: no such file")
-    assert "--data nobody/nothing: no file here, and not to be had from the hub" in fails(
+    assert "--data: nobody/nothing: no file here, and not to be had from the hub" in fails(
         given.argv(data="nobody/nothing"), capsys
     )
     assert not Path(given.options["output"]).exists()

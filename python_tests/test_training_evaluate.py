@@ -9,14 +9,10 @@ import torch
 from torch import nn
 from training_support import make_llama, make_tokenizer, rows
 
+from reft_kernels.training.answers import DEFAULT_TRIGGER, exact_match, extract_answer
 from reft_kernels.training.data import Example, build_prompt, encode_prompts
-from reft_kernels.training.evaluate import (
-    DEFAULT_TRIGGER,
-    evaluate_accuracy,
-    exact_match,
-    extract_answer,
-    generate_texts,
-)
+from reft_kernels.training.decoding import decoding
+from reft_kernels.training.evaluate import evaluate_accuracy, generate_texts
 
 
 class Scripted(nn.Module):
@@ -140,6 +136,53 @@ def test_bad_arguments_are_named() -> None:
         generate_texts(model, tokenizer, ["a", ""])
     with pytest.raises(ValueError, match="no examples"):
         evaluate_accuracy(model, tokenizer, [])
-    with pytest.raises(ValueError, match="example 1 has neither"):
+    with pytest.raises(ValueError, match="example 1 has no gold answer: neither an answer nor an output"):
         evaluate_accuracy(model, tokenizer, [Example("a", answer="b"), Example("a")])
+    with pytest.raises(ValueError, match="give template or style, not both"):
+        evaluate_accuracy(model, tokenizer, [Example("a", answer="b")], template="%s", style="gsm8k")
+    for given in ({"trigger": ""}, {"match": exact_match}):
+        with pytest.raises(ValueError, match="give rule, or trigger and match, not both"):
+            evaluate_accuracy(model, tokenizer, [Example("a", answer="b")], rule="math", **given)
+    with pytest.raises(ValueError, match="rule must be one of commonsense, math, gsm8k, got 'maths'"):
+        evaluate_accuracy(model, tokenizer, [Example("a", answer="b")], rule="maths")
+    with pytest.raises(ValueError, match=r"style must be one of commonsense, .*, got 'maths'"):
+        evaluate_accuracy(model, tokenizer, [Example("a", answer="b")], style="maths")
     assert DEFAULT_TRIGGER == "the correct answer is "
+
+
+def test_arithmetic_by_its_style_rule_and_decoding() -> None:
+    tokenizer = make_tokenizer()
+    examples = [
+        Example("2 + 2 ?", output="2 + 2 = <<2+2=4>>4\n#### 4"),
+        Example("3 + 3 ?", output="the last word of a model", answer="6.0"),
+        Example("half of 3 ?", answer="1.5"),
+        Example("which ?", answer="B"),
+    ]
+    asked = "\nAnswer the above question. First think step by step and then answer the final number.\n"
+    said = {
+        f"2 + 2 ?{asked}": "2 + 2 = <<2+2=4>>4\nThe final answer is:  4",
+        f"3 + 3 ?{asked}": "3 and 3 are 6",
+        f"half of 3 ?{asked}": "I do not know",
+        f"which ?{asked}": "All have a hand, so The final answer is: B",
+    }
+    model = Scripted(tokenizer, said)
+    result = evaluate_accuracy(model, tokenizer, examples, style="gsm8k", rule="gsm8k", **decoding("gsm8k/sampling"))
+    assert [(row.answer, row.gold, row.correct) for row in result.predictions] == [
+        ("4", "4", True),
+        ("6", "6.0", True),
+        ("", "1.5", False),
+        ("B", "B", True),
+    ]
+    assert (result.correct, result.total, result.unanswered) == (3, 4, 1)
+    (call,) = model.calls
+    wanted = {"do_sample": True, "max_new_tokens": 256, "temperature": 0.1, "top_p": 0.95, "top_k": 40}
+    assert {name: call[name] for name in wanted} == wanted
+
+
+def test_the_whole_length_may_be_bounded_instead_of_the_continuation() -> None:
+    tokenizer = make_tokenizer()
+    model = Scripted(tokenizer, {"red": "x"})
+    generate_texts(model, tokenizer, ["red"], **decoding("alpaca"))
+    (call,) = model.calls
+    assert "max_new_tokens" not in call
+    assert (call["max_length"], call["no_repeat_ngram_size"], call["repetition_penalty"]) == (2048, 5, 1.1)

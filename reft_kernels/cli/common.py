@@ -96,12 +96,15 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, split: str) -> Any:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        metavar="FILE|NAME",
+        metavar="FILE|FOLDER|NAME",
         required=True,
-        help="a .jsonl or .jsonl.gz file with the fields instruction, input, output, answer (input and answer may "
-        "be left out; eval needs answer or output), or the name of such a data set on the Hugging Face hub",
+        help="rows with the fields instruction, input, output, answer (input and answer may be left out; eval needs "
+        "answer or output): a .jsonl, .json or .parquet file (.gz too), a folder of them, or the name of a data set "
+        "on the Hugging Face hub, NAME or NAME:CONFIGURATION",
     )
-    group.add_argument("--split", default=split, metavar="NAME", help="split of a data set from the hub")
+    group.add_argument(
+        "--split", default=split, metavar="NAME", help="split of a data set from the hub, or of a folder's files"
+    )
     group.add_argument("--max-examples", type=at_least(1), metavar="N", help="use the first N rows")
     return group
 
@@ -118,27 +121,12 @@ def add_template_argument(group: Any) -> None:
 
 
 def load_examples(data: str, split: str, max_examples: int | None, *, needs_output: bool) -> list[Example]:
-    """The rows of a file, or of a data set on the hub if there is no such file."""
-    from reft_kernels.training.data import parse_row, read_jsonl
+    """The rows of a file or a folder of files, or of a data set on the hub if there is no such file."""
+    from reft_kernels.training.data import read_examples
+    from reft_kernels.training.sources import is_hub_name
 
     path = Path(data).expanduser()
-    if path.is_file():
-        with user_errors("--data"):
-            return read_jsonl(path, max_examples=max_examples, needs_output=needs_output)
-    looks_like_file = path.is_absolute() or data.startswith((".", "~")) or data.count("/") > 1
-    if looks_like_file or path.exists() or data.endswith((".jsonl", ".jsonl.gz", ".json", ".gz")):
+    if not path.exists() and not is_hub_name(data):
         raise UserError(f"--data {data}: no such file")
-    what = f"--data {data}: no file here, and not to be had from the hub"
-    with user_errors(f"{what} without the package datasets"):
-        from datasets import load_dataset
-    with user_errors(what, (Exception,)):
-        rows = load_dataset(data, split=split)
     with user_errors("--data"):
-        examples = []
-        for number, row in enumerate(rows):
-            if max_examples is not None and number >= max_examples:
-                break
-            examples.append(parse_row(row, f"{data}, {split}, row {number}", needs_output=needs_output))
-        if not examples:
-            raise ValueError(f"{data}, {split} holds no rows")
-    return examples
+        return read_examples(data, split=split, max_examples=max_examples, needs_output=needs_output)

@@ -54,8 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     examples = load_examples(arguments.data, arguments.split, arguments.max_examples, needs_output=False)
     model, tokenizer, settings = load_edited(arguments)
 
-    from reft_kernels.training.data import DEFAULT_TEMPLATE
-    from reft_kernels.training.evaluate import DEFAULT_TRIGGER, evaluate_accuracy
+    from reft_kernels.training.evaluate import evaluate_accuracy
 
     start = time.perf_counter()
     with user_errors("--data"):
@@ -63,8 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
             model,
             tokenizer,
             examples,
-            template=arguments.template or settings.get("template") or DEFAULT_TEMPLATE,
-            trigger=DEFAULT_TRIGGER if arguments.trigger is None else arguments.trigger,
+            template=arguments.template or settings.get("template"),
+            trigger=arguments.trigger,
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
             progress=not arguments.no_progress,

@@ -1,5 +1,6 @@
 """Training on top of transformers: data with edit positions, the Trainers, and accuracy by generation."""
 
+from reft_kernels.training.answers import ANSWER_RULES, AnswerRule, answer_rule, extract_answer
 from reft_kernels.training.causal_lm import ReftTrainerForCausalLM, ReftTrainerForCausalLMDistributed
 from reft_kernels.training.checkpoints import last_complete_checkpoint
 from reft_kernels.training.classification import ReftTrainerForSequenceClassification
@@ -18,15 +19,11 @@ from reft_kernels.training.data_modules import (
     make_last_position_supervised_data_module,
     make_multiple_position_supervised_data_module,
 )
-from reft_kernels.training.evaluate import (
-    Accuracy,
-    Prediction,
-    evaluate_accuracy,
-    extract_answer,
-    generate_texts,
-)
+from reft_kernels.training.decoding import DECODING, decoding
+from reft_kernels.training.evaluate import Accuracy, Prediction, evaluate_accuracy, generate_texts
 from reft_kernels.training.pair_datasets import ReftPreferenceDataset, ReftRewardDataset
 from reft_kernels.training.pretrained import as_pretrained_model
+from reft_kernels.training.prompts import PROMPT_STYLES, PromptStyle, prompt_and_target, prompt_style
 from reft_kernels.training.pyreft_datasets import ReftDataset, ReftRawDataset
 from reft_kernels.training.task_datasets import (
     ReftClassificationDataset,
@@ -36,9 +33,14 @@ from reft_kernels.training.task_datasets import (
 from reft_kernels.training.trainer import ReftTrainer
 
 __all__ = [
+    "ANSWER_RULES",
+    "DECODING",
+    "PROMPT_STYLES",
     "Accuracy",
+    "AnswerRule",
     "Example",
     "Prediction",
+    "PromptStyle",
     "ReftClassificationDataset",
     "ReftDataCollator",
     "ReftDataset",
@@ -54,8 +56,10 @@ __all__ = [
     "ReftTrainerForSequenceClassification",
     "SupervisedCollator",
     "SupervisedDataset",
+    "answer_rule",
     "as_pretrained_model",
     "build_prompt",
+    "decoding",
     "encode_prompts",
     "evaluate_accuracy",
     "extract_answer",
@@ -65,5 +69,7 @@ __all__ = [
     "make_last_position_supervised_data_module",
     "make_multiple_position_supervised_data_module",
     "make_supervised_data_module",
+    "prompt_and_target",
+    "prompt_style",
     "read_jsonl",
 ]

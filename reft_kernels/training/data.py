@@ -9,10 +9,7 @@ edit".
 
 from __future__ import annotations
 
-import gzip
-import json
 import warnings
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from torch.utils.data import Dataset
 
 from reft_kernels.positions import get_intervention_locations, parse_positions
 from reft_kernels.training.collators import add_locations
+from reft_kernels.training.sources import SkippedRows, parse_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,13 +86,52 @@ def parse_row(row: object, where: str, *, needs_output: bool = True) -> Example:
     return example
 
 
-def read_jsonl(path: str | Path, *, max_examples: int | None = None, needs_output: bool = True) -> list[Example]:
-    """The rows of a `.jsonl` or `.jsonl.gz` file (UTF-8, one JSON object a line, blank lines skipped).
+def read_examples(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    max_examples: int | None = None,
+    needs_output: bool = True,
+    fields: Mapping[str, str] | None = None,
+    skipped: SkippedRows | None = None,
+) -> list[Example]:
+    """The rows of a file, a folder or a data set of the hub, as Examples. See :func:`iterate_examples`."""
+    return list(
+        iterate_examples(
+            source, split=split, max_examples=max_examples, needs_output=needs_output, fields=fields, skipped=skipped
+        )
+    )
+
+
+def iterate_examples(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    max_examples: int | None = None,
+    needs_output: bool = True,
+    fields: Mapping[str, str] | None = None,
+    skipped: SkippedRows | None = None,
+    streaming: bool = False,
+) -> Iterator[Example]:
+    """The rows of a source as Examples, read as they are asked for.
 
     Args:
-        path: the file; read as gzip if its name ends in `.gz`.
-        max_examples: read no further than this many rows.
+        source, split, fields, streaming: see :func:`reft_kernels.training.sources.read_rows`.
+        max_examples: stop after this many examples.
         needs_output: False for evaluation, where a row with an `answer` needs no `output`.
+        skipped: count rows with something wrong here, and go on, instead of raising ValueError.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `read_rows` and `parse_row`; also where every row is skipped.
+    """
+    return parse_rows(
+        lambda row: parse_row(row.fields, row.where, needs_output=needs_output), source, split=split,
+        max_examples=max_examples, fields=fields, skipped=skipped, streaming=streaming,
+    )  # fmt: skip
+
+
+def read_jsonl(path: str | Path, *, max_examples: int | None = None, needs_output: bool = True) -> list[Example]:
+    """The rows of a data file; :func:`read_examples` of a file, which must exist.
 
     Raises:
         FileNotFoundError: no such file.
@@ -103,28 +140,7 @@ def read_jsonl(path: str | Path, *, max_examples: int | None = None, needs_outpu
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such data file: {path}")
-    examples: list[Example] = []
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if max_examples is not None and len(examples) >= max_examples:
-                    break
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    row = json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{where}: not UTF-8 text (byte {error.start})") from None
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not valid JSON, {error.msg} (column {error.colno})") from None
-                examples.append(parse_row(row, where, needs_output=needs_output))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip data after line {number} ({error})") from None
-    if not examples:
-        raise ValueError(f"{path} holds no rows")
-    return examples
+    return read_examples(path, max_examples=max_examples, needs_output=needs_output)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -1,8 +1,8 @@
-"""Accuracy by generation: greedy continuations of the prompts in left-padded batches, compared with gold.
+"""Accuracy by generation: continuations of the prompts in left-padded batches, compared with gold.
 
-The protocol is the paper's for commonsense reasoning (pyreft `compute_metrics`): at most 32 new tokens; the
-answer is what follows the first occurrence of the trigger "the correct answer is ", stripped, and must equal
-gold exactly.
+The protocol is the paper's (pyreft `compute_metrics`), by default for commonsense reasoning: at most 32 new tokens,
+greedily; the answer is what follows the first occurrence of the trigger "the correct answer is ", stripped, and must
+equal gold exactly.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from reft_kernels.training.data import DEFAULT_TEMPLATE, Example, build_prompt, encode_prompts, pad_token_id
+from reft_kernels.training.answers import DEFAULT_TRIGGER, AnswerRule, TextAfterTrigger, answer_rule, exact_match
+from reft_kernels.training.data import DEFAULT_TEMPLATE, Example, encode_prompts, pad_token_id
+from reft_kernels.training.prompts import PromptStyle, prompt_and_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_TRIGGER = "the correct answer is "
+DEFAULT_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """`correct` of `total` examples; in `unanswered` of them the trigger is missing or nothing follows it.
+    """`correct` of `total` examples; in `unanswered` of them the text holds no answer.
     `predictions` are in the order of the examples."""
 
     correct: int
@@ -49,23 +51,13 @@ class Accuracy:
         return self.correct / self.total
 
 
-def extract_answer(text: str, trigger: str = DEFAULT_TRIGGER) -> str:
-    """The stripped text after the first `trigger`; "" where there is none. An empty trigger takes all."""
-    return text.partition(trigger)[2].strip() if trigger else text.strip()
-
-
-def exact_match(answer: str, gold: str) -> bool:
-    """Whether the stripped texts are equal and not empty."""
-    return answer.strip() == gold.strip() != ""
-
-
 def generate_texts(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     batch_size: int = 16,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     progress: bool = False,
     **generation: Any,
 ) -> list[str]:
@@ -76,14 +68,19 @@ def generate_texts(
 
     Args:
         model: a ReftModel, which edits its configured prompt positions, or a plain transformers model.
+        max_new_tokens: the longest continuation; 32 where neither it nor `max_length` is given.
         progress: show a progress bar on standard error.
 
     Raises:
         ValueError: a prompt without tokens, or `batch_size` or `max_new_tokens` below 1.
     """
+    if max_new_tokens is None and generation.get("max_length") is None:
+        max_new_tokens = DEFAULT_NEW_TOKENS
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if max_new_tokens is not None:
+        generation["max_new_tokens"] = max_new_tokens
     encoded = encode_prompts(tokenizer, prompts)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
@@ -113,7 +110,6 @@ def generate_texts(
                 sequences = model.generate(  # type: ignore[operator]
                     input_ids=torch.tensor(padded, device=device),
                     attention_mask=torch.tensor(mask, device=device),
-                    max_new_tokens=max_new_tokens,
                     **generation,
                 )
                 decoded = tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)
@@ -145,47 +141,72 @@ def evaluate_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
-    template: str = DEFAULT_TEMPLATE,
-    trigger: str = DEFAULT_TRIGGER,
+    template: str | None = None,
+    trigger: str | None = None,
     batch_size: int = 16,
-    max_new_tokens: int = 32,
-    match: Callable[[str, str], bool] = exact_match,
+    max_new_tokens: int | None = None,
+    match: Callable[[str, str], bool] | None = None,
     progress: bool = False,
+    style: str | PromptStyle | None = None,
+    rule: str | AnswerRule | None = None,
+    **generation: Any,
 ) -> Accuracy:
     """Generates for every example and compares the answers with gold.
 
-    Gold is the example's `answer`, else the answer in its `output`. An example whose `output` does not hold
-    the trigger is judged on the whole generated text.
+    Gold is the example's `answer`, else the answer in its `output`. Where the answer is what follows a trigger, an
+    example whose `output` does not hold the trigger is judged on the whole generated text.
 
     Args:
         model: a ReftModel or a plain transformers model.
-        template: see build_prompt.
-        trigger: see extract_answer.
-        match: says whether an answer counts as gold.
+        template: the prompt, see build_prompt. By default the paper's for commonsense reasoning.
+        style: instead of a template, a style of prompts.py by name, such as "gsm8k".
+        trigger: what the answer follows, see extract_answer. By default "the correct answer is ".
+        match: says whether an answer counts as gold; by default exact_match.
+        rule: instead of trigger and match, a rule of answers.py by name, such as "math".
+        batch_size, max_new_tokens, progress, **generation: see generate_texts; `**decoding("math")` gives the paper's.
 
     Raises:
-        ValueError: no examples, an example with neither `answer` nor `output`, or a bad template.
+        ValueError: no examples, an example with neither `answer` nor `output`, a bad template, an unknown style or
+            rule, or two arguments of which one is to be instead of the other.
     """
     if not examples:
         raise ValueError("no examples to evaluate")
+    if style is None:
+        style = PromptStyle(DEFAULT_TEMPLATE if template is None else template)
+    elif template is not None:
+        raise ValueError(f"give template or style, not both (got template={template!r} and style={style!r})")
+    if rule is None:
+        rule = TextAfterTrigger(
+            DEFAULT_TRIGGER if trigger is None else trigger, exact_match if match is None else match
+        )
+    elif trigger is not None or match is not None:
+        raise ValueError(f"give rule, or trigger and match, not both (got rule={rule!r})")
+    rule = answer_rule(rule)
+    rules: list[AnswerRule] = []
     golds: list[str] = []
-    triggers: list[str] = []
     for index, example in enumerate(examples):
-        triggers.append(trigger if example.output is None or trigger in example.output else "")
-        if example.answer is not None:
-            golds.append(example.answer)
-        elif example.output is not None:
-            golds.append(extract_answer(example.output, triggers[-1]))
-        else:
-            raise ValueError(f"example {index} has neither an answer nor an output")
-    prompts = [build_prompt(example.instruction, example.input, template) for example in examples]
+        rules.append(rule.of_row(example.output))
+        try:
+            golds.append(rules[-1].gold(example.answer, example.output))
+        except ValueError as error:
+            raise ValueError(f"example {index} has no gold answer: {error}") from None
+    prompts = [
+        prompt_and_target(example.instruction, example.input, style=style, tokenizer=tokenizer)[0]
+        for example in examples
+    ]
     texts = generate_texts(
-        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+        model,
+        tokenizer,
+        prompts,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+        **generation,
     )
     predictions = []
-    for prompt, text, row_trigger, gold in zip(prompts, texts, triggers, golds, strict=True):
-        answer = extract_answer(text, row_trigger)
-        predictions.append(Prediction(prompt, text, answer, gold, match(answer, gold)))
+    for prompt, text, row_rule, gold in zip(prompts, texts, rules, golds, strict=True):
+        answer = row_rule.extract(text, gold)
+        predictions.append(Prediction(prompt, text, answer, gold, row_rule.match(answer, gold)))
     return Accuracy(
         correct=sum(prediction.correct for prediction in predictions),
         total=len(predictions),

@@ -7,33 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reft_kernels.training.prompts import WITH_INPUT, WITHOUT_INPUT
 from reft_kernels.training.pyreft_datasets import ReftDataset, keyword
 from reft_kernels.training.tokens import end_token, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# The prompts of Alpaca, which pyreft trains its instruction models with.
-WITH_INPUT = """\
-Below is an instruction that describes a task, paired with an input that provides further context. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-%s
-
-### Input:
-%s
-
-### Response:
-"""
-WITHOUT_INPUT = """\
-Below is an instruction that describes a task. Write a response that appropriately completes the request.
-
-### Instruction:
-%s
-
-### Response:
-"""
 
 
 def alpaca_prompt(row: Mapping[str, Any], instruction_field: str, input_field: str | None, keep_none: bool) -> str:
