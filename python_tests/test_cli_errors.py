@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from training_support import rows, save_model, write_rows
 
-from reft_kernels.cli import main, train
+from reft_kernels.cli import main
 from reft_kernels.jobs.run_folder import write_atomically
 
 
@@ -69,7 +69,7 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("spoiled", "message"),
     [
-        ({"method": "lora"}, "--method: invalid choice: 'lora'"),
+        ({"method": "prompt"}, "--method: invalid choice: 'prompt'"),
         ({"positions": "first7"}, "--positions: positions must be .* got 'first7'"),
         ({"positions": "f0"}, "--positions: positions must be .* got 'f0'"),
         ({"layers": "0;9"}, r"layer.*9"),
@@ -236,7 +236,7 @@ def test_interrupting_gives_130(
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "load_examples", interrupt)
+    monkeypatch.setattr("reft_kernels.jobs.rows.parse_rows", interrupt)
     assert main(given.argv()) == 130
     assert capsys.readouterr().err == "reft_kernels train: interrupted\n"
 

@@ -58,11 +58,11 @@ def test_train_writes_an_adapter_a_log_and_checkpoints(model_folder: Path, data_
     assert log["finished"] is True
     assert log["steps"] == 40
     assert log["settings"]["model"] == str(model_folder)
-    assert log["settings"]["data"] == str(data_file)
+    assert log["settings"]["data"] == [str(data_file)]
     assert log["settings"]["lr"] == 0.02
-    assert log["settings"]["template"] == "%s\n"
+    assert log["settings"]["style"] == "commonsense"
     assert log["parameters"]["trained"] == 2 * (2 * 2 * 32 + 2)
-    assert log["examples"] == {"used": 24, "left_out": 0}
+    assert log["examples"] == {"used": 24, "left_out": 0, "held_out": 0, "skipped": None}
     losses = [entry["loss"] for entry in log["history"]]
     assert len(losses) == 40
     assert losses[-1] < 0.9 * losses[0]
@@ -153,7 +153,8 @@ def test_eval_of_the_base_model_and_of_the_adapter(
         lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         predictions[name] = [json.loads(line) for line in lines]
         correct = sum(row["correct"] for row in predictions[name])
-        assert f"accuracy  {100 * correct / 6:.2f} % ({correct} of 6" in said
+        assert f"rows      accuracy {correct / 6:.4f}, unanswered " in said
+        assert " (6 rows), " in said
     assert predictions["adapter"] == predictions["checkpoint"]
     assert [row["text"] for row in predictions["adapter"]] != [row["text"] for row in predictions["base"]]
     assert [row["gold"] for row in predictions["base"]] == [row["answer"] for row in rows(6)]

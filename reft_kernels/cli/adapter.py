@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reft_kernels.checkpoint import CONFIG_FILE
+from reft_kernels.jobs.adapters import load_adapter
 from reft_kernels.jobs.base_models import choose_device, load_base
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.run_folder import LOG_FILE, training_settings
@@ -15,11 +16,17 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from reft_kernels.jobs.run import Job
+
 
 def load_edited(
-    arguments: argparse.Namespace,
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
-    """The ReftModel of `--adapter` (or the base model alone), the tokenizer, and the settings of its training."""
+    arguments: argparse.Namespace, job: Job | None = None
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """The ReftModel of `--adapter` (or the base model alone), and the tokenizer.
+
+    Args:
+        job: says whether the model has a classifier's head, and what the adapter is; None for a language model.
+    """
     adapter = find_adapter(arguments.adapter)
     settings = training_settings(adapter)
     name = arguments.model or settings.get("model")
@@ -28,14 +35,13 @@ def load_edited(
             "--model is needed: " + ("no adapter is given" if adapter is None else f"no {LOG_FILE} names it")
         )
     device = choose_device(arguments.device)
-    base, tokenizer = load_base(name, arguments.dtype, device)
+    head = {} if job is None else {"labels": job.labels, "regression": job.regression, "seed": job.settings.seed}
+    base, tokenizer = load_base(name, arguments.dtype, device, **head)
     if adapter is None:
-        return base, tokenizer, settings
-    from reft_kernels.model import ReftModel
-
+        return base, tokenizer
     with user_errors(f"--adapter {arguments.adapter}"):
-        model = ReftModel.load(str(adapter), base)
-    return model.to(device).eval(), tokenizer, settings
+        model = load_adapter(adapter, base, settings)
+    return model.to(device).eval(), tokenizer
 
 
 def find_adapter(name: str | None) -> Path | None:

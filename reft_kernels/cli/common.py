@@ -16,6 +16,7 @@ from reft_kernels.jobs.errors import UserError, user_errors
 if TYPE_CHECKING:
     from reft_kernels.training.data import Example
 
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except those that mean "not given"."""
 

@@ -1,8 +1,6 @@
-"""Accuracy of an adapter, or of the frozen base model, by greedy generation.
+"""Scores of an adapter, or of the frozen base model, on data that it was not trained on.
 
-The answer is what follows the trigger in the generated text, and must equal the field answer (or the answer
-in the field output, where there is none) exactly. Rows whose output does not hold the trigger are judged on
-the whole text.
+How answers are asked for and scored is what the adapter was trained with, unless a recipe or an option says otherwise.
 """
 
 from __future__ import annotations
@@ -10,69 +8,81 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from reft_kernels.cli.adapter import load_edited
-from reft_kernels.cli.common import (
-    add_adapter_argument,
-    add_data_arguments,
-    add_model_arguments,
-    add_template_argument,
-    at_least,
-    load_examples,
-)
+from reft_kernels.cli.common import add_adapter_argument, add_model_arguments, at_least
+from reft_kernels.cli.train_options import add_settings, given_settings
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.run_folder import write_atomically
+from reft_kernels.recipes import OPTIONS, JobSettings, find_recipe
 
-HELP = "print the accuracy on a data set"
-USAGE = "--adapter FOLDER --data FILE|NAME [options]"
+HELP = "print the scores on one or more data sets"
+USAGE = "--adapter FOLDER --data FILE|NAME ... [options]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `eval`."""
     add_model_arguments(parser, needs_model=False)
     add_adapter_argument(parser)
-    data = add_data_arguments(parser, split="test")
-    add_template_argument(data)
-    data.add_argument("--trigger", metavar="TEXT", help="what the answer follows (default: 'the correct answer is ')")
-    generation = parser.add_argument_group("generation")
-    generation.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="prompts a batch")
-    generation.add_argument(
-        "--max-new-tokens", type=at_least(1), default=32, metavar="N", help="longest continuation, in tokens"
+    parser.add_argument_group("recipe").add_argument(
+        "--recipe", metavar="NAME", help="score as this recipe does (see `recipes`)"
     )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", dest="eval_data", nargs="+", required=True, metavar="FILE|NAME", help=OPTIONS["data"].help
+    )
+    data.add_argument(
+        "--split", dest="eval_split", default="test", metavar="NAME", help="split of a data set from the hub"
+    )
+    data.add_argument(
+        "--max-examples", dest="max_eval_examples", type=at_least(1), metavar="N", help="use the first N rows"
+    )
+    data.add_argument(
+        "--batch-size", dest="eval_batch_size", type=at_least(1), default=16, metavar="N", help="rows a batch"
+    )
+    add_settings(parser, ("task",))
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write prompt, text, answer and gold of every row as JSONL")
     output.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the accuracy on the data, and writes the predictions where --out says."""
+    """Prints the scores on each data set, and writes the predictions where --out says."""
     out = Path(arguments.out).expanduser() if arguments.out else None
     if out is not None and out.is_dir():
         raise UserError(f"--out {out}: is a folder")
-    examples = load_examples(arguments.data, arguments.split, arguments.max_examples, needs_output=False)
-    model, tokenizer, settings = load_edited(arguments)
 
-    from reft_kernels.training.evaluate import evaluate_accuracy
+    from reft_kernels.cli.adapter import find_adapter, load_edited
+    from reft_kernels.jobs.run import describe_scores, make_job
+    from reft_kernels.jobs.run_folder import training_settings
 
-    start = time.perf_counter()
-    with user_errors("--data"):
-        result = evaluate_accuracy(
-            model,
-            tokenizer,
-            examples,
-            template=arguments.template or settings.get("template"),
-            trigger=arguments.trigger,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-            progress=not arguments.no_progress,
-        )
-    seconds = time.perf_counter() - start
+    settings = _settings(arguments, training_settings(find_adapter(arguments.adapter)))
+    job = make_job(settings)
+    job.read_evaluated()
+    model, tokenizer = load_edited(arguments, job)
+    print(f"adapter   {arguments.adapter or 'none'}")
+    predictions: list[dict[str, Any]] = []
+    for name, rows in job.evaluated.items():
+        start = time.perf_counter()
+        with user_errors("--data"):
+            scores = job.evaluate(model, tokenizer, rows, progress=not arguments.no_progress)
+        seconds = time.perf_counter() - start
+        several = len(job.evaluated) > 1
+        predictions += [{**({"data": name} if several else {}), **row} for row in scores.predictions]
+        print(f"{name:9} {describe_scores(scores)}, {1000 * seconds / max(scores.rows, 1):.0f} ms/row")
     if out is not None:
         with user_errors(f"--out {out}"):
-            write_atomically(out, "".join(json.dumps(asdict(row)) + "\n" for row in result.predictions))
-    print(f"adapter   {arguments.adapter or 'none'}")
-    counts = f"{result.correct} of {result.total}, {result.unanswered} without an answer"
-    print(f"accuracy  {100 * result.accuracy:.2f} % ({counts})")
-    print(f"time      {seconds:.1f} s, {1000 * seconds / result.total:.0f} ms/example")
+            write_atomically(out, "".join(json.dumps(row) + "\n" for row in predictions))
+
+
+def _settings(arguments: argparse.Namespace, trained: dict[str, Any]) -> JobSettings:
+    """Those of the training, changed by the recipe, changed by the options."""
+    values = {name: value for name, value in trained.items() if name in OPTIONS}
+    if isinstance(values.get("data"), str):
+        values["data"] = [values["data"]]
+    if arguments.recipe is not None:
+        with user_errors("--recipe"):
+            values |= find_recipe(arguments.recipe).values
+    with user_errors("settings"):
+        return JobSettings.of({**values, **given_settings(arguments)})

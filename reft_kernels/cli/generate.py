@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from reft_kernels.cli.adapter import load_edited
 from reft_kernels.cli.common import (
     add_adapter_argument,
     add_model_arguments,
@@ -46,12 +45,19 @@ def run(arguments: argparse.Namespace) -> None:
     text = arguments.prompt if arguments.prompt is not None else sys.stdin.read()
     if not text.strip() and not arguments.input:
         raise UserError("--prompt: the prompt is empty")
-    model, tokenizer, settings = load_edited(arguments)
 
     import transformers
 
-    from reft_kernels.training.data import DEFAULT_TEMPLATE, build_prompt
+    from reft_kernels.cli.adapter import find_adapter, load_edited
+    from reft_kernels.jobs.run_folder import training_settings
     from reft_kernels.training.evaluate import generate_texts
+    from reft_kernels.training.prompts import PromptStyle, prompt_and_target, prompt_style
+
+    settings = training_settings(find_adapter(arguments.adapter))
+    template = arguments.template or settings.get("template")
+    with user_errors("--template"):
+        style = prompt_style(settings.get("style") or "commonsense") if template is None else PromptStyle(template)
+    model, tokenizer = load_edited(arguments)
 
     transformers.set_seed(arguments.seed)
     sampling = (
@@ -59,12 +65,12 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.temperature > 0
         else {}
     )
-    template = arguments.template or settings.get("template") or DEFAULT_TEMPLATE
     with user_errors("--prompt"):
+        prompt, _ = prompt_and_target(text, arguments.input, style=style, tokenizer=tokenizer)
         (continuation,) = generate_texts(
             model,
             tokenizer,
-            [build_prompt(text, arguments.input, template)],
+            [prompt],
             max_new_tokens=arguments.max_new_tokens,
             **sampling,
         )

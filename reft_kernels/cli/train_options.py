@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from reft_kernels.cli.common import add_model_arguments, at_least, template_text
 from reft_kernels.recipes.settings import OPTIONS, JobSettings, Option
 
-_GROUPS = {"task": "task", "data": "data", "method": "method", "training": "training", "speed": "speed"}
+SETTING_GROUPS = ("task", "data", "method", "training", "speed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,18 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, needs_model=True)
     add_settings(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--output", required=True, metavar="FOLDER", help="for the adapter, train_log.json and checkpoints")
+    output.add_argument(
+        "--output", required=True, metavar="FOLDER", help="for the adapter, train_log.json and checkpoints"
+    )
     add_run_options(output)
     when_used = output.add_mutually_exclusive_group()
     when_used.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     when_used.add_argument("--overwrite", action="store_true", help="remove an earlier run from the output folder")
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
+def add_settings(parser: argparse.ArgumentParser, groups: Sequence[str] = SETTING_GROUPS) -> None:
     """One option for each setting of a job; those that are not given are absent from what is parsed."""
-    groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
+    made = {name: parser.add_argument_group(name) for name in groups}
     for name, option in OPTIONS.items():
-        _add(groups[option.group], name, option)
+        if option.group in made:
+            _add(made[option.group], name, option)
 
 
 def add_run_options(group: Any) -> None:

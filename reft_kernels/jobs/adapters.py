@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from torch import nn
 
+from reft_kernels.checkpoint import BASE_FILE
 from reft_kernels.config import ReftConfig, Representation, read_layers
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.red import RedIntervention
 from reft_kernels.model import ReftModel, get_reft_model
 from reft_kernels.modules import block_list, hidden_size
-from reft_kernels.recipes.settings import PEFT_METHODS, JobSettings
+from reft_kernels.positions import parse_positions
+from reft_kernels.recipes.settings import OPTIONS, PEFT_METHODS, JobSettings
 
 # The names under which transformers' classifiers keep what comes after the encoder or the decoder.
 _HEADS = ("classifier", "score", "classification_head")
 OWN_CLASSES: dict[str, type[nn.Module]] = {"RedIntervention": RedIntervention}
+
+
+def check_method(settings: JobSettings) -> None:
+    """Raises UserError naming an option of the method that no model could have."""
+    with user_errors("--layers"):
+        read_layers(settings.layers.replace(",", ";"))
+    with user_errors("--positions"):
+        parse_positions(settings.positions)
 
 
 def adapt(base: nn.Module, settings: JobSettings) -> ReftModel:
@@ -35,6 +49,21 @@ def adapt(base: nn.Module, settings: JobSettings) -> ReftModel:
     for head in heads:
         base.get_submodule(head).requires_grad_(True)
     return reft_model
+
+
+def load_adapter(folder: Path, base: nn.Module, settings: Mapping[str, Any]) -> ReftModel:
+    """The base model with the adapter that a job saved, its classifier's head and its LoRA with it.
+
+    Args:
+        settings: those that the job logged; {} for an adapter from elsewhere.
+
+    Raises ValueError or FileNotFoundError naming file and key.
+    """
+    if settings.get("method") in PEFT_METHODS:
+        known = {name: value for name, value in settings.items() if name in OPTIONS}
+        base = adapt(base, JobSettings.of(known)).model
+    include_model = (folder / BASE_FILE).is_file()
+    return ReftModel.load(folder, base, include_model=include_model, classes=OWN_CLASSES)
 
 
 def _config(base: nn.Module, settings: JobSettings) -> ReftConfig:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from reft_kernels.jobs.errors import UserError, user_errors
-from reft_kernels.jobs.rows import read_all, source_names
+from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.scores import Scores
-from reft_kernels.positions import parse_positions
 from reft_kernels.recipes.settings import JobSettings, read_subspace
 from reft_kernels.training.answers import AnswerRule, TextAfterTrigger, answer_rule
 from reft_kernels.training.causal_lm import ReftTrainerForCausalLM
@@ -21,7 +19,7 @@ from reft_kernels.training.prompts import PromptStyle, prompt_and_target, prompt
 from reft_kernels.training.sources import Row, SkippedRows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from reft_kernels.model import ReftModel
 
@@ -47,8 +45,6 @@ class LanguageJob:
             style = prompt_style(settings.style)
             self.style = style if settings.template is None else PromptStyle(settings.template, trigger=style.trigger)
         self.rule = _rule(settings)
-        with user_errors("--positions"):
-            parse_positions(settings.positions)
         self.skipped = SkippedRows() if settings.skip_bad_rows else None
         self.train: list[Example] = []
         self.held_out: list[Example] = []
@@ -71,7 +67,7 @@ class LanguageJob:
             ranges = [read_subspace(text) for text in settings.subspaces]
             self._subspace = {id(example): s for part, s in zip(parts, ranges, strict=True) for example in part}
         with user_errors("--held-out"):
-            self.train, self.held_out = hold_out(self.train, settings.held_out, settings.seed)
+            self.train, self.held_out = hold_out_rows(self.train, settings.held_out, settings.seed)
         self.read_evaluated()
 
     def read_evaluated(self) -> None:
@@ -91,6 +87,15 @@ class LanguageJob:
 
     def _scored_row(self, row: Row) -> Example:
         return parse_row(row.fields, row.where, needs_output=self.settings.evaluation in ("loss", "recite"))
+
+    def trainer_options(self) -> dict[str, Any]:
+        """Further arguments of the trainer."""
+        return {}
+
+    def head_parameters(self, reft_model: ReftModel) -> list[torch.nn.Parameter]:
+        """None: a language model's head is frozen."""
+        del reft_model
+        return []
 
     def data(self, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel) -> dict[str, Any]:
         """The Trainer's `train_dataset`, `eval_dataset` (None without held-out rows) and `data_collator`."""
@@ -114,7 +119,7 @@ class LanguageJob:
             [prompt for prompt, _ in pairs],
             [target or "" for _, target in pairs],
             max_length=self.settings.max_length,
-            subspaces=[self._subspace[id(one)] for one in examples] if self._subspace else None,
+            **({"subspaces": [self._subspace[id(one)] for one in examples]} if self._subspace else {}),
         )
 
     def evaluate(
@@ -134,7 +139,9 @@ class LanguageJob:
                 **self.generation(),
             )
             said = [asdict(one) for one in result.predictions]
-            return Scores({"accuracy": result.accuracy, "unanswered": result.unanswered / result.total}, len(said), said)
+            return Scores(
+                {"accuracy": result.accuracy, "unanswered": result.unanswered / result.total}, len(said), said
+            )
         raise UserError(f"--evaluation {settings.evaluation}: nothing to do")
 
     def generation(self) -> dict[str, Any]:

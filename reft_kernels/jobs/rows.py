@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from reft_kernels.jobs.errors import UserError, user_errors
-from reft_kernels.training.sources import Row, SkippedRows, parse_rows
+from reft_kernels.training.sources import Row, SkippedRows, is_hub_name, parse_rows
+from reft_kernels.training.splits import hold_out, take
 
 T = TypeVar("T")
 # Words that say which part of a data set a file is, and not which data set.
@@ -26,12 +27,39 @@ def read_all(
     """What `parse` makes of the rows of each source. Raises UserError that starts with the option's name."""
     if not sources:
         raise UserError(f"{option}: no data is named")
+    for source in sources:
+        if not Path(source).expanduser().exists() and not is_hub_name(source):
+            raise UserError(f"{option} {source}: no such file")
     found = []
     for source in sources:
-        what = option if Path(source).expanduser().exists() else f"{option} {source}"
-        with user_errors(what, (Exception,)):
+        with user_errors(option):
             found.append(list(parse_rows(parse, source, split=split, max_examples=max_rows, skipped=skipped)))
     return found
+
+
+def hold_out_rows(rows: Sequence[T], how: str, seed: int) -> tuple[list[T], list[T]]:
+    """Rows to train on and rows to choose by.
+
+    Args:
+        how: "none"; "last:N", the last N; "count:N" or "share:X", drawn with `seed`. ("glue" takes none from here.)
+
+    Raises ValueError for anything else, and where one of the two would be empty.
+    """
+    if how in ("none", "glue"):
+        return list(rows), []
+    kind, _, text = how.partition(":")
+    if kind not in ("last", "count", "share"):
+        raise ValueError(f'expected "none", "last:N", "count:N", "share:X" or "glue", got {how!r}')
+    try:
+        size: float = float(text) if kind == "share" else int(text)
+    except ValueError:
+        raise ValueError(f"expected a number after {kind}:, got {text!r}") from None
+    if kind == "last":
+        if not 0 < size < len(rows):
+            raise ValueError(f"{how} of {len(rows)} rows leaves none on one side")
+        return list(rows[: -int(size)]), list(rows[-int(size) :])
+    split = hold_out(len(rows), size, seed)
+    return take(rows, sorted(split.kept)), take(rows, split.held_out)
 
 
 def source_names(sources: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_kernels.jobs.adapters import adapt
+from reft_kernels.jobs.adapters import adapt, check_method
 from reft_kernels.jobs.base_models import choose_device, load_base
 from reft_kernels.jobs.classification import ClassificationJob
 from reft_kernels.jobs.errors import UserError, user_errors
@@ -28,7 +28,7 @@ from reft_kernels.jobs.trainer_arguments import RunOptions, training_arguments
 from reft_kernels.recipes.settings import JobSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from reft_kernels.model import ReftModel
 
@@ -37,6 +37,7 @@ Job = LanguageJob | ClassificationJob
 
 def make_job(settings: JobSettings) -> Job:
     """The job of these settings. Raises UserError naming the option that is wrong."""
+    check_method(settings)
     return ClassificationJob(settings) if settings.task == "classification" else LanguageJob(settings)
 
 
@@ -199,14 +200,14 @@ def _describe(
         "base_class": type(base).__name__,
         "parameters": {
             "trained": sum(parameter.numel() for parameter in reft_model.parameters() if parameter.requires_grad),
-            "head": sum(p.numel() for p in job.head_parameters(reft_model) if p.requires_grad),
+            "head": sum(head.numel() for head in job.head_parameters(reft_model)),
             "base": total,
         },
         "examples": {
             "used": len(data["train_dataset"]),
             "left_out": len(getattr(data["train_dataset"], "dropped", ())),
-            "held_out": len(data["eval_dataset"] or ()),
-            "unreadable": 0 if job.skipped is None else asdict(job.skipped),
+            "held_out": 0 if data["eval_dataset"] is None else len(data["eval_dataset"]),
+            "skipped": None if job.skipped is None else asdict(job.skipped),
         },
         "device": str(base.device),
         "versions": {

@@ -43,6 +43,9 @@ def training_arguments(
         more["warmup_ratio"] = settings.warmup
     else:
         more["warmup_steps"] = settings.warmup if settings.warmup < 1 else int(settings.warmup)
+    if settings.gradient_checkpointing:
+        name = "activation_checkpointing"  # as transformers 5 calls it
+        more[name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"] = True
     if best is not None:
         more |= {"load_best_model_at_end": True, "metric_for_best_model": best[0], "greater_is_better": best[1]}
     by_epoch = best is not None
@@ -65,7 +68,6 @@ def training_arguments(
         logging_steps=options.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        gradient_checkpointing=settings.gradient_checkpointing,
         torch_compile=settings.compile,
         disable_tqdm=not options.progress,
         use_cpu=device == "cpu",

@@ -57,3 +57,5 @@ def save_beside(model: ReftModel, folder: Path) -> None:
                 (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
