@@ -1,4 +1,4 @@
-"""The command line: `python -m reft_kernels train | eval | generate | convert | info | tune`.
+"""The command line: `python -m reft_kernels train | eval | generate | recipes | convert | info | tune`.
 
 Exit codes: 0 done; 2 something the user gave is wrong, and one sentence on standard error says what; 130
 interrupted.
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reft_kernels.cli import convert, evaluate, generate, info, train, tune
+from reft_kernels.cli import convert, evaluate, generate, info, recipes, train, tune
 from reft_kernels.cli.common import Parser
 from reft_kernels.jobs.errors import UserError
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "recipes": recipes,
     "convert": convert,
     "info": info,
     "tune": tune,
