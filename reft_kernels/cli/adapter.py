@@ -7,22 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reft_kernels.checkpoint import CONFIG_FILE
+from reft_kernels.config import ReftConfig
 from reft_kernels.jobs.adapters import load_adapter
 from reft_kernels.jobs.base_models import choose_device, load_base
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.run_folder import LOG_FILE, training_settings
+from reft_kernels.model import ReftModel, get_reft_model
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from reft_kernels.jobs.run import Job
 
 
-def load_edited(
-    arguments: argparse.Namespace, job: Job | None = None
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """The ReftModel of `--adapter` (or the base model alone), and the tokenizer.
+def load_edited(arguments: argparse.Namespace, job: Job | None = None) -> tuple[ReftModel, PreTrainedTokenizerBase]:
+    """The ReftModel of `--adapter`, or the base model without edits, and the tokenizer.
 
     Args:
         job: says whether the model has a classifier's head, and what the adapter is; None for a language model.
@@ -35,10 +34,15 @@ def load_edited(
             "--model is needed: " + ("no adapter is given" if adapter is None else f"no {LOG_FILE} names it")
         )
     device = choose_device(arguments.device)
-    head = {} if job is None else {"labels": job.labels, "regression": job.regression, "seed": job.settings.seed}
-    base, tokenizer = load_base(name, arguments.dtype, device, **head)
+    base, tokenizer = load_base(
+        name,
+        arguments.dtype,
+        device,
+        labels=None if job is None else job.labels,
+        regression=job is not None and job.regression,
+    )
     if adapter is None:
-        return base, tokenizer
+        return get_reft_model(base, ReftConfig([])), tokenizer
     with user_errors(f"--adapter {arguments.adapter}"):
         model = load_adapter(adapter, base, settings)
     return model.to(device).eval(), tokenizer

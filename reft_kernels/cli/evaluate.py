@@ -63,10 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_edited(arguments, job)
     print(f"adapter   {arguments.adapter or 'none'}")
     predictions: list[dict[str, Any]] = []
-    for name, rows in job.evaluated.items():
+    for name in job.evaluated:
         start = time.perf_counter()
         with user_errors("--data"):
-            scores = job.evaluate(model, tokenizer, rows, progress=not arguments.no_progress)
+            scores = job.evaluate(model, tokenizer, name, progress=not arguments.no_progress)
         seconds = time.perf_counter() - start
         several = len(job.evaluated) > 1
         predictions += [{**({"data": name} if several else {}), **row} for row in scores.predictions]

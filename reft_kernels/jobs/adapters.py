@@ -18,7 +18,7 @@ from reft_kernels.positions import parse_positions
 from reft_kernels.recipes.settings import OPTIONS, PEFT_METHODS, JobSettings
 
 # The names under which transformers' classifiers keep what comes after the encoder or the decoder.
-_HEADS = ("classifier", "score", "classification_head")
+HEADS = ("classifier", "score", "classification_head")
 OWN_CLASSES: dict[str, type[nn.Module]] = {"RedIntervention": RedIntervention}
 
 
@@ -49,6 +49,13 @@ def adapt(base: nn.Module, settings: JobSettings) -> ReftModel:
     for head in heads:
         base.get_submodule(head).requires_grad_(True)
     return reft_model
+
+
+def _heads(base: nn.Module) -> list[str]:
+    found = [name for name, _ in base.named_children() if name in HEADS]
+    if not found:
+        raise UserError(f"--model: {type(base).__name__} has no head to train (looked for {', '.join(HEADS)})")
+    return found
 
 
 def load_adapter(folder: Path, base: nn.Module, settings: Mapping[str, Any]) -> ReftModel:
@@ -115,8 +122,10 @@ def _lora(base: nn.Module, settings: JobSettings, heads: list[str]) -> nn.Module
     return peft.get_peft_model(base, config)
 
 
-def _heads(base: nn.Module) -> list[str]:
-    found = [name for name, _ in base.named_children() if name in _HEADS]
-    if not found:
-        raise UserError(f"--model: {type(base).__name__} has no head to train (looked for {', '.join(_HEADS)})")
-    return found
+def trained_heads(base: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters of a classifier's head, in a model with LoRA as well."""
+    return [
+        parameter
+        for name, parameter in base.named_parameters()
+        if parameter.requires_grad and any(part in HEADS for part in name.split("."))
+    ]

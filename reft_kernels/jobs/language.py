@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from reft_kernels.jobs.errors import UserError, user_errors
+from reft_kernels.jobs.forward_passes import mean_loss
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.recipes.settings import JobSettings, read_subspace
@@ -122,11 +124,24 @@ class LanguageJob:
             **({"subspaces": [self._subspace[id(one)] for one in examples]} if self._subspace else {}),
         )
 
-    def evaluate(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], *, progress: bool
+    def evaluate(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, name: str, *, progress: bool) -> Scores:
+        """The scores of a model on the evaluation set of this name."""
+        return self._score(model, tokenizer, self.evaluated[name], progress)
+
+    def evaluate_held_out(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
+        """The scores of a model on the held-out rows."""
+        return self._score(model, tokenizer, self.held_out, False)
+
+    def _score(
+        self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], progress: bool
     ) -> Scores:
-        """The scores of a ReftModel or a plain model on these rows."""
         settings = self.settings
+        if settings.evaluation == "loss":
+            with user_errors("--eval-data"):
+                dataset = self._dataset(examples, tokenizer, model)
+            collate = SupervisedCollator(pad_token_id(tokenizer))
+            loss = mean_loss(model, dataset, collate, settings.eval_batch_size, progress)
+            return Scores({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, len(dataset))
         if settings.evaluation == "generate":
             result = evaluate_accuracy(
                 model,

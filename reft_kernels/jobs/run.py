@@ -104,9 +104,9 @@ def run_job(
         say(f"time     {clock.seconds:.1f} s, {clock.ms_per_step:.0f} ms/step")
         say(f"adapter  {log['adapter_bytes']:,} bytes in {folder}")
     results: dict[str, Any] = log.setdefault("results", {})
-    for name, rows in job.evaluated.items():
+    for name in job.evaluated:
         start = time.perf_counter()
-        scores = job.evaluate(reft_model, tokenizer, rows, progress=options.progress)
+        scores = job.evaluate(reft_model, tokenizer, name, progress=options.progress)
         results[name] = {**scores.metrics, "rows": scores.rows, "seconds": time.perf_counter() - start}
         if scores.predictions:
             write_predictions(folder, name, scores.predictions)

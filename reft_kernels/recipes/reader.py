@@ -123,14 +123,15 @@ def _family(family: Mapping[str, Any]) -> dict[str, Any]:
     tasks = family["tasks"]
     entries: dict[str, Any] = {}
     for ending, variant in family["variants"].items():
-        for name, column in variant["columns"].items():
+        columns = {**family.get("columns", {}), **variant["columns"]}
+        for name, column in columns.items():
             if len(column) != len(tasks):
                 raise ValueError(
                     f"column {name!r} of variant {ending!r} has {len(column)} values for {len(tasks)} tasks"
                 )
         for index, task in enumerate(tasks):
-            columns = {name: column[index] for name, column in variant["columns"].items()}
-            settings = {"glue": task, **family["settings"], **variant["settings"], **columns}
+            own = {name: column[index] for name, column in columns.items()}
+            settings = {"glue": task, **family["settings"], **variant["settings"], **own}
             entries[family["name"].format(task=task) + ending] = {
                 "title": variant["title"].format(task=task),
                 "source": variant["source"],
