@@ -1,6 +1,6 @@
 """The paper's ways of generating, as keywords of transformers' `generate`.
 
-Source: pyreft `examples/loreft/task_config.py`, and section 4 and appendix D of the paper. The names are those of the
+Source: pyreft `examples/loreft/task_config.py` and the paper. The names are those of the
 prompt styles and answer rules.
 """
 
