@@ -27,7 +27,7 @@ def hold_out(count: int, size: int | float, seed: int = 42) -> Split:
         size: how many to hold out, an int; or their share, a float between 0 and 1, rounded down.
         seed: of the draw.
 
-    Both parts are in the order of the draw, the one of `torch.utils.data.random_split(rows, [count - size, size])` after
+    Both parts are in the order of the draw, that of `torch.utils.data.random_split(rows, [count - size, size])` after
     `torch.manual_seed(seed)`.
 
     Raises:
