@@ -34,7 +34,7 @@ DECODING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 commands are greedy), instructions with "alpaca". `max_length` counts the prompt, padding included."""
 
 
-def decoding(name: str) -> dict[str, Any]:
+def decoding_settings(name: str) -> dict[str, Any]:
     """A copy of the keywords of a name. Raises ValueError for an unknown name."""
     if name not in DECODING:
         raise ValueError(f"decoding must be one of {', '.join(DECODING)}, got {name!r}")
