@@ -13,7 +13,7 @@ from reft_kernels.training.answers import (
     last_number,
     number_match,
 )
-from reft_kernels.training.decoding import DECODING, decoding
+from reft_kernels.training.decoding import DECODING, decoding_settings
 from reft_kernels.training.prompts import PROMPT_STYLES
 
 
@@ -113,7 +113,7 @@ def test_names() -> None:
     with pytest.raises(ValueError, match="rule must be one of commonsense, math, gsm8k, got 'maths'"):
         answer_rule("maths")
     with pytest.raises(ValueError, match=r"decoding must be one of commonsense, .*, got 'maths'"):
-        decoding("maths")
+        decoding_settings("maths")
     own = NumberOrLetter("=")
     assert answer_rule(own) is own
     assert set(ANSWER_RULES) < set(PROMPT_STYLES)
@@ -121,9 +121,9 @@ def test_names() -> None:
 
 
 def test_decoding_gives_copies() -> None:
-    decoding("math")["max_new_tokens"] = 1
-    assert decoding("math") == {"do_sample": False, "max_new_tokens": 512}
-    assert decoding("math/sampling") == {
+    decoding_settings("math")["max_new_tokens"] = 1
+    assert decoding_settings("math") == {"do_sample": False, "max_new_tokens": 512}
+    assert decoding_settings("math/sampling") == {
         "do_sample": True,
         "num_beams": 4,
         "early_stopping": True,

@@ -11,7 +11,7 @@ from training_support import make_llama, make_tokenizer, rows
 
 from reft_kernels.training.answers import DEFAULT_TRIGGER, exact_match, extract_answer
 from reft_kernels.training.data import Example, build_prompt, encode_prompts
-from reft_kernels.training.decoding import decoding
+from reft_kernels.training.decoding import decoding_settings
 from reft_kernels.training.evaluate import evaluate_accuracy, generate_texts
 
 
@@ -166,7 +166,9 @@ def test_arithmetic_by_its_style_rule_and_decoding() -> None:
         f"which ?{asked}": "All have a hand, so The final answer is: B",
     }
     model = Scripted(tokenizer, said)
-    result = evaluate_accuracy(model, tokenizer, examples, style="gsm8k", rule="gsm8k", **decoding("gsm8k/sampling"))
+    result = evaluate_accuracy(
+        model, tokenizer, examples, style="gsm8k", rule="gsm8k", **decoding_settings("gsm8k/sampling")
+    )
     assert [(row.answer, row.gold, row.correct) for row in result.predictions] == [
         ("4", "4", True),
         ("6", "6.0", True),
@@ -182,7 +184,7 @@ def test_arithmetic_by_its_style_rule_and_decoding() -> None:
 def test_the_whole_length_may_be_bounded_instead_of_the_continuation() -> None:
     tokenizer = make_tokenizer()
     model = Scripted(tokenizer, {"red": "x"})
-    generate_texts(model, tokenizer, ["red"], **decoding("alpaca"))
+    generate_texts(model, tokenizer, ["red"], **decoding_settings("alpaca"))
     (call,) = model.calls
     assert "max_new_tokens" not in call
     assert (call["max_length"], call["no_repeat_ngram_size"], call["repetition_penalty"]) == (2048, 5, 1.1)

@@ -53,6 +53,17 @@ def make_tokenizer(*, pad: bool = False, bos: bool = False, append_eos: bool = F
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
+def make_encoder_tokenizer(segments: bool = False) -> PreTrainedTokenizerFast:
+    """With RoBERTa's special tokens around a text and between two; `segments`: with BERT's segment ids."""
+    tokenizer = make_tokenizer(pad=True)
+    second = "$B:1 </s>:1" if segments else "</s> $B </s>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair=f"<s> $A </s> {second}", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.model_input_names = ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"]
+    return tokenizer
+
+
 def make_llama(vocab_size: int = 320, seed: int = 0) -> LlamaForCausalLM:
     """Two layers, width 32, random weights that depend on `seed` alone."""
     config = LlamaConfig(

@@ -19,12 +19,15 @@ from reft_kernels.training.data_modules import (
     make_last_position_supervised_data_module,
     make_multiple_position_supervised_data_module,
 )
-from reft_kernels.training.decoding import DECODING, decoding
+from reft_kernels.training.decoding import DECODING, decoding_settings
 from reft_kernels.training.evaluate import Accuracy, Prediction, evaluate_accuracy, generate_texts
+from reft_kernels.training.glue import GLUE_TASKS, GlueDataset, GlueTask, glue_collator, glue_task, train_head
+from reft_kernels.training.metrics import compute_metrics
 from reft_kernels.training.pair_datasets import ReftPreferenceDataset, ReftRewardDataset
 from reft_kernels.training.pretrained import as_pretrained_model
 from reft_kernels.training.prompts import PROMPT_STYLES, PromptStyle, prompt_and_target, prompt_style
 from reft_kernels.training.pyreft_datasets import ReftDataset, ReftRawDataset
+from reft_kernels.training.splits import Split, glue_split, gsm8k_split, hold_out
 from reft_kernels.training.task_datasets import (
     ReftClassificationDataset,
     ReftGenerationDataset,
@@ -35,10 +38,13 @@ from reft_kernels.training.trainer import ReftTrainer
 __all__ = [
     "ANSWER_RULES",
     "DECODING",
+    "GLUE_TASKS",
     "PROMPT_STYLES",
     "Accuracy",
     "AnswerRule",
     "Example",
+    "GlueDataset",
+    "GlueTask",
     "Prediction",
     "PromptStyle",
     "ReftClassificationDataset",
@@ -54,16 +60,23 @@ __all__ = [
     "ReftTrainerForCausalLM",
     "ReftTrainerForCausalLMDistributed",
     "ReftTrainerForSequenceClassification",
+    "Split",
     "SupervisedCollator",
     "SupervisedDataset",
     "answer_rule",
     "as_pretrained_model",
     "build_prompt",
-    "decoding",
+    "compute_metrics",
+    "decoding_settings",
     "encode_prompts",
     "evaluate_accuracy",
     "extract_answer",
     "generate_texts",
+    "glue_collator",
+    "glue_split",
+    "glue_task",
+    "gsm8k_split",
+    "hold_out",
     "last_complete_checkpoint",
     "make_last_position_supervised_chat_data_module",
     "make_last_position_supervised_data_module",
@@ -72,4 +85,5 @@ __all__ = [
     "prompt_and_target",
     "prompt_style",
     "read_jsonl",
+    "train_head",
 ]

@@ -237,7 +237,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
                 f"nothing of their output is within max_length={max_length} tokens",
                 stacklevel=2,
             )
-        self._spans = _spans([representation.positions for representation in reft_model.representations])
+        self._spans = position_spans([representation.positions for representation in reft_model.representations])
         self._locations: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -254,7 +254,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         item = {"input_ids": input_ids, "labels": labels}
         if self._spans is not None:
             if prompt_length not in self._locations:
-                self._locations[prompt_length] = _locations(prompt_length, self._spans)
+                self._locations[prompt_length] = span_locations(prompt_length, self._spans)
             item["intervention_locations"] = self._locations[prompt_length]
         return item
 
@@ -273,18 +273,19 @@ def _encode_pairs(
         yield from zip(encode_prompts(tokenizer, prompts[start:stop]), encode_prompts(tokenizer, full), strict=True)
 
 
-def _spans(positions: Iterable[str | None]) -> list[tuple[int, int]] | None:
-    """(first, last) of each representation, or None as soon as one of them edits all positions."""
+def position_spans(positions: Iterable[str | None]) -> list[tuple[int, int]] | None:
+    """(first, last) of each representation, or None as soon as one of them edits all positions, or if there are none."""
     spans: list[tuple[int, int]] = []
     for text in positions:
         span = None if text is None else parse_positions(text)
         if span is None:
             return None
         spans.append(span)
-    return spans
+    return spans or None
 
 
-def _locations(prompt_length: int, spans: list[tuple[int, int]]) -> Tensor:
+def span_locations(prompt_length: int, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """The positions of a prompt [I, P], one row for each span, padded with -1 to the widest."""
     width = max(first + last for first, last in spans)
     rows: dict[tuple[int, int], list[int]] = {}
     for first, last in spans:

@@ -1,6 +1,6 @@
 """The paper's ways of generating, as keywords of transformers' `generate`.
 
-Source: pyreft `examples/loreft/task_config.py`, and section 4 and appendix D of the paper. The names are those of the
+Source: pyreft `examples/loreft/task_config.py` and the paper. The names are those of the
 prompt styles and answer rules.
 """
 
@@ -34,7 +34,7 @@ DECODING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 commands are greedy), instructions with "alpaca". `max_length` counts the prompt, padding included."""
 
 
-def decoding(name: str) -> dict[str, Any]:
+def decoding_settings(name: str) -> dict[str, Any]:
     """A copy of the keywords of a name. Raises ValueError for an unknown name."""
     if name not in DECODING:
         raise ValueError(f"decoding must be one of {', '.join(DECODING)}, got {name!r}")

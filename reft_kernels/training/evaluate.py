@@ -163,7 +163,7 @@ def evaluate_accuracy(
         trigger: what the answer follows, see extract_answer. By default "the correct answer is ".
         match: says whether an answer counts as gold; by default exact_match.
         rule: instead of trigger and match, a rule of answers.py by name, such as "math".
-        batch_size, max_new_tokens, progress, **generation: see generate_texts; `**decoding("math")` gives the paper's.
+        batch_size, max_new_tokens, progress, **generation: see generate_texts. The paper's settings are in decoding.py.
 
     Raises:
         ValueError: no examples, an example with neither `answer` nor `output`, a bad template, an unknown style or
