@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 """The kinds of files that a folder is searched for."""
@@ -213,12 +213,15 @@ def _items_of_file(path: Path) -> Iterator[_Item]:
     if path.suffix == ".parquet":
         yield from _items_of_parquet(path)
         return
-    opened: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
+    with _open(path) as file:
         if path.name.endswith((".json", ".json.gz")) and _starts_an_array(path, file):
             yield from _items_of_array(path, file)
         else:
             yield from _items_of_lines(path, file)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
 def _starts_an_array(path: Path, file: IO[bytes]) -> bool:

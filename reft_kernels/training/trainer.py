@@ -18,6 +18,7 @@ from reft_kernels.stiefel import StiefelParameter
 from reft_kernels.stiefel_adamw import StiefelAdamW
 from reft_kernels.training.checkpoints import last_complete_checkpoint, save_beside
 from reft_kernels.training.collators import LOCATIONS, SUBSPACES, ReftDataCollator
+from reft_kernels.training.log_values import LogValues
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
       biases and not to R, whose rows stay orthonormal. (In pyreft weight decay reaches no parameter at all.)
     - Where R itself is a parameter (`orthogonality="polar"`), AdamW is `StiefelAdamW`, which keeps its rows
       orthonormal.
+    - Values of callbacks that are LogValues (Throughput, Orthonormality) are part of every training log.
     - Several visible GPUs without a distributed launcher are not split with DataParallel; the first is used.
 
     Args:
@@ -115,6 +117,23 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         if "use_cache" in self._base_inputs:
             inputs.setdefault("use_cache", False)
         return inputs
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer.training_step; LogValues callbacks see the batch."""
+        for callback in self._log_values():
+            callback.see_batch(inputs)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer.log; a training log also has the values of the LogValues callbacks."""
+        if "loss" in logs:
+            for callback in self._log_values():
+                logs.update(callback.log_values(self.args, self.state, self.model))
+        super().log(logs, *args, **kwargs)
+
+    def _log_values(self) -> list[LogValues]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, LogValues)]
 
     def compute_loss(
         self,
