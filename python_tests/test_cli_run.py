@@ -51,6 +51,9 @@ def test_train_writes_an_adapter_a_log_and_checkpoints(model_folder: Path, data_
         "adapter.safetensors",
         "reft_config.json",
         "train_log.json",
+        "report.html",
+        "report.png",
+        "README.md",
         "checkpoint-30",
         "checkpoint-40",
     }
@@ -133,6 +136,9 @@ def test_overwrite_replaces_the_run_and_leaves_other_files(model_folder: Path, d
         "adapter.safetensors",
         "reft_config.json",
         "train_log.json",
+        "report.html",
+        "report.png",
+        "README.md",
         "notes.txt",
     }
     assert (output / "adapter.safetensors").read_bytes() != before

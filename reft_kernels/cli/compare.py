@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     from reft_kernels.jobs.comparison_plot import draw
 
     plan = cells(settings, arguments.methods, arguments.seeds or [settings.seed], changes, folder)
-    options = ["--dtype", arguments.dtype, "--device", arguments.device, "--save-steps", "0"]
+    options = ["--dtype", arguments.dtype, "--device", arguments.device, "--save-steps", "0", "--no-report"]
     if not arguments.verbose:
         options.append("--no-progress")
     results = compare(

@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: is a folder")
 
     from reft_kernels.cli.adapter import find_adapter, load_edited
-    from reft_kernels.jobs.run import describe_scores, make_job
+    from reft_kernels.jobs.job_log import describe_scores
+    from reft_kernels.jobs.run import make_job
     from reft_kernels.jobs.run_folder import training_settings
 
     settings = _settings(arguments, training_settings(find_adapter(arguments.adapter)))

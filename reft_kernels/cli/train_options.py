@@ -59,6 +59,7 @@ def add_run_options(group: Any) -> None:
         metavar="NAME",
         help="where else the log goes: tensorboard, wandb and others of the Trainer's, if they are installed",
     )
+    add("--no-report", action="store_true", help="write no report.html, report.png and README.md")
     add("--no-progress", action="store_true", help="lines instead of a progress bar")
 
 

@@ -78,8 +78,9 @@ class ClassificationJob:
             sources, lambda row: row.fields, option=option, split=split, max_rows=most, skipped=self.skipped
         )
 
-    def trainer_options(self) -> dict[str, Any]:
+    def trainer_options(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Further arguments of the trainer."""
+        del tokenizer
         return {"compute_metrics": self.task.compute_metrics()}
 
     def head_parameters(self, reft_model: ReftModel) -> list[nn.Parameter]:

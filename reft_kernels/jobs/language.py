@@ -10,11 +10,11 @@ import torch
 
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.forward_passes import mean_loss
+from reft_kernels.jobs.held_out import ScoringTrainer
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.recipes.settings import JobSettings, read_subspace
 from reft_kernels.training.answers import AnswerRule, TextAfterTrigger, answer_rule
-from reft_kernels.training.causal_lm import ReftTrainerForCausalLM
 from reft_kernels.training.data import Example, SupervisedCollator, SupervisedDataset, pad_token_id, parse_row
 from reft_kernels.training.evaluate import evaluate_accuracy
 from reft_kernels.training.prompts import PromptStyle, prompt_and_target, prompt_style
@@ -38,8 +38,7 @@ class LanguageJob:
 
     labels: int | None = None
     regression = False
-    trainer = ReftTrainerForCausalLM
-    best = ("eval_loss", False)
+    trainer = ScoringTrainer
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
@@ -90,9 +89,20 @@ class LanguageJob:
     def _scored_row(self, row: Row) -> Example:
         return parse_row(row.fields, row.where, needs_output=self.settings.evaluation in ("loss", "recite"))
 
-    def trainer_options(self) -> dict[str, Any]:
+    @property
+    def best(self) -> tuple[str, bool]:
+        """The metric of the held-out rows that the best epoch is chosen by, and whether more of it is better."""
+        return ("eval_accuracy", True) if self._answers else ("eval_loss", False)
+
+    @property
+    def _answers(self) -> bool:
+        return self.settings.evaluation in ("generate", "rank")
+
+    def trainer_options(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Further arguments of the trainer."""
-        return {}
+        if not (self._answers and self.held_out):
+            return {}
+        return {"score": lambda model: self.evaluate_held_out(model, tokenizer).metrics}
 
     def head_parameters(self, reft_model: ReftModel) -> list[torch.nn.Parameter]:
         """None: a language model's head is frozen."""

@@ -22,6 +22,7 @@ class RunOptions:
     log_steps: int = 10
     report_to: tuple[str, ...] = ()
     progress: bool = True
+    report: bool = True
     resume: bool = False
     overwrite: bool = False
 

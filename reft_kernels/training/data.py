@@ -274,7 +274,7 @@ def _encode_pairs(
 
 
 def position_spans(positions: Iterable[str | None]) -> list[tuple[int, int]] | None:
-    """(first, last) of each representation, or None as soon as one of them edits all positions, or if there are none."""
+    """(first, last) of each representation; None without any, and as soon as one of them edits all positions."""
     spans: list[tuple[int, int]] = []
     for text in positions:
         span = None if text is None else parse_positions(text)
