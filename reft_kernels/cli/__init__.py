@@ -1,4 +1,4 @@
-"""The command line: `python -m reft_kernels train | eval | generate | recipes | compare | convert | info | tune`.
+"""The command line, `python -m reft_kernels COMMAND`; COMMANDS has them all.
 
 Exit codes: 0 done; 2 something the user gave is wrong, and one sentence on standard error says what; 130
 interrupted.
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reft_kernels.cli import compare, convert, evaluate, generate, info, recipes, train, tune
+from reft_kernels.cli import compare, convert, evaluate, generate, info, recipes, search, train, tune
 from reft_kernels.cli.common import Parser
 from reft_kernels.jobs.errors import UserError
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": generate,
     "recipes": recipes,
     "compare": compare,
+    "search": search,
     "convert": convert,
     "info": info,
     "tune": tune,

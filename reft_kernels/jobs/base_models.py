@@ -77,3 +77,14 @@ def load_base(
             if model.config.pad_token_id is None:
                 model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).eval(), tokenizer
+
+
+def count_layers(name: str) -> int | None:
+    """How many blocks the model of this folder or name has, where its config says so."""
+    from transformers import AutoConfig
+
+    folder = Path(name).expanduser()
+    with user_errors(f"--model {name}", (Exception,)):
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name, local_files_only=folder.is_dir())
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    return count if isinstance(count, int) else None

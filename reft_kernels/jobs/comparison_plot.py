@@ -46,11 +46,18 @@ def draw(results: Mapping[str, Any], path: Path) -> bool:
         axis.margins(y=0.2)
     if timed:
         axis = axes[0][-1]
-        places = [list(methods).index(name) for name in timed]
-        axis.bar(places, list(timed.values()), color=[colours[name] for name in timed], width=0.6)
-        _name_methods(axis, methods)
+        axis.bar(range(len(timed)), list(timed.values()), color=[colours[name] for name in timed], width=0.6)
+        _name_methods(axis, {name: methods[name] for name in timed})
         axis.set_title("time of a step")
         axis.set_ylabel("ms")
+    save(figure, path)
+    return True
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG under a temporary name, rename it, and close it."""
+    from matplotlib import pyplot
+
     descriptor, temporary = tempfile.mkstemp(suffix=".png", dir=path.parent)
     os.close(descriptor)
     try:
@@ -62,18 +69,18 @@ def draw(results: Mapping[str, Any], path: Path) -> bool:
         raise
     finally:
         pyplot.close(figure)
-    return True
 
 
 def _name_methods(axis: Any, methods: Mapping[str, Any]) -> None:
-    names = [f"{name}\n{_short(entry.get('parameters', 0))}" for name, entry in methods.items()]
+    names = [f"{name}\n{short_count(entry.get('parameters', 0))}" for name, entry in methods.items()]
     axis.set_xticks(range(len(names)), names, fontsize=8, rotation=30 if len(names) > 4 else 0)
     axis.set_xlim(-0.6, len(names) - 0.4)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.3)
 
 
-def _short(count: int) -> str:
+def short_count(count: int) -> str:
+    """12,345 as "12.3k"."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.1f}{unit}"

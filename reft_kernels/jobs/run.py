@@ -38,6 +38,8 @@ from reft_kernels.training.report import write_report
 from reft_kernels.training.throughput import Throughput
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from reft_kernels.model import ReftModel
 
 Job = LanguageJob | ClassificationJob
@@ -55,6 +57,7 @@ def run_job(
     *,
     recipe: str | None = None,
     callbacks: Sequence[Any] = (),
+    evaluate: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train, evaluate and save, and return the log, which is also `train_log.json` in the output folder.
@@ -64,6 +67,7 @@ def run_job(
         options: where, and what is written.
         recipe: the name that the settings came from, for the log.
         callbacks: further callbacks of the trainer.
+        evaluate: whether the evaluation sets are looked at.
         say: is given the lines that tell what happens.
 
     Raises UserError, one sentence that names what is wrong; nothing is written before the data has been read and the
@@ -112,7 +116,7 @@ def run_job(
         history = trainer.state.log_history
         log |= describe_training(trainer, clock, speed, folder)
         say_training(log, speed, folder, say)
-    log["results"] = _evaluate(job, reft_model, tokenizer, options, say)
+    log["results"] = _evaluate(job, reft_model, tokenizer, options, say) if evaluate else {}
     log["finished"] = True
     write_log(folder, log)
     if options.report and history:
