@@ -151,6 +151,7 @@ def _make(folder: Path, barrier: Any, results: Any) -> None:
     results.put(table(folder).ids.tolist())
 
 
+@pytest.mark.slow
 def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()

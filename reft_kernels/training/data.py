@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from reft_kernels.positions import get_intervention_locations, parse_positions
-from reft_kernels.training.collators import add_locations
+from reft_kernels.training.buckets import Buckets
+from reft_kernels.training.collators import LOCATIONS, add_locations, pad_locations
 from reft_kernels.training.sources import SkippedRows, parse_rows
 from reft_kernels.training.token_cache import cached_table
 from reft_kernels.training.tokens import encode_prompts as encode_prompts
@@ -267,9 +268,22 @@ class SupervisedCollator:
     where the items have them, `intervention_locations` [B, I, P] int64 with -1 for "no edit" and `subspaces`
     [B, I, k] int64. The mask is the items' own, else it comes from the lengths, so a pad token that is also the end
     token hides nothing.
+
+    Attributes:
+        pad_token_id: fills padded columns.
+        pad_to: S is a multiple of this number, or one of these numbers (see :class:`Buckets`): few shapes for
+            `torch.compile` and CUDA graphs. The loss is the same.
+        num_positions: P, always; by default the largest number of the batch.
+
+    Raises ValueError for a batch that is longer than every number in `pad_to`, or has more positions.
     """
 
     pad_token_id: int = 0
+    pad_to: int | Sequence[int] | None = None
+    num_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        self.buckets = None if self.pad_to is None else Buckets(self.pad_to)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         ids = [torch.as_tensor(feature["input_ids"], dtype=torch.int64) for feature in features]
@@ -278,17 +292,22 @@ class SupervisedCollator:
             torch.as_tensor(feature.get("attention_mask", torch.ones_like(row)), dtype=torch.int64)
             for feature, row in zip(features, ids, strict=True)
         ]
+        longest = max(map(len, ids))
+        more = 0 if self.buckets is None else self.buckets.next(longest) - longest
         batch = {
-            "input_ids": _pad(ids, self.pad_token_id),
-            "labels": _pad(labels, IGNORE_INDEX),
-            "attention_mask": _pad(mask, 0),
+            "input_ids": _pad(ids, self.pad_token_id, more),
+            "labels": _pad(labels, IGNORE_INDEX, more),
+            "attention_mask": _pad(mask, 0, more),
         }
         add_locations(batch, features)
+        if LOCATIONS in batch:
+            batch[LOCATIONS] = pad_locations(batch[LOCATIONS], self.num_positions)
         return batch
 
 
-def _pad(rows: list[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+def _pad(rows: list[Tensor], value: int, more: int) -> Tensor:
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    return torch.nn.functional.pad(padded, (0, more), value=value) if more else padded
 
 
 def make_supervised_data_module(
