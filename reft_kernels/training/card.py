@@ -51,6 +51,8 @@ def write_card(
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return None
     base = inner_model(reft_model.model)
+    # Where a folder lies on this computer is nobody's business.
+    base_model = base_model if _is_on_hub(base_model) else Path(base_model).name
     trained = sum(parameter.numel() for parameter in reft_model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in reft_model.model.parameters())
     kinds = sorted({type(module).__name__.removesuffix("Intervention") for module in reft_model.interventions.values()})
@@ -142,9 +144,7 @@ def _is_on_hub(name: str) -> bool:
 def _usage(base: Any, base_model: str) -> str:
     kind = type(base)
     inside = kind.__module__.partition(".")[0] == "transformers"
-    name = base_model if _is_on_hub(base_model) else Path(base_model).name
-    # A name may hold anything, a fence of code too.
-    name = repr(name).replace("`", "\\x60")
+    name = repr(base_model).replace("`", "\\x60")  # a name may hold anything, a fence of code too
     code = ["from reft_kernels import ReftModel", 'model = ReftModel.load("path/to/this/folder", base)']
     if inside:
         code.insert(0, f"from transformers import {kind.__name__}")

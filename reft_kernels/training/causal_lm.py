@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from reft_kernels.model import ReftModel
 from reft_kernels.training.data import SupervisedCollator, pad_token_id
+from reft_kernels.training.packing import PackedCollator, check_packing
 from reft_kernels.training.target_columns import COLUMNS, TargetColumns, takes_columns
 from reft_kernels.training.trainer import ReftTrainer
 
@@ -22,13 +23,16 @@ class ReftTrainerForCausalLM(ReftTrainer):
 
     - the loss is over the labelled tokens of the whole accumulated batch;
     - in training, logits are computed for the columns of a batch that predict a target and for no others, where the
-      base model can do that (`logits_to_keep`); the loss is the same.
+      base model can do that (`logits_to_keep`); the loss is the same;
+    - with PackedCollator, a base model that does not keep the examples of a row apart is refused.
 
     Arguments and errors are ReftTrainer's; `data_collator` is SupervisedCollator by default, if a tokenizer is given.
     """
 
     def __init__(self, model: ReftModel, args: Any = None, data_collator: Any = None, **kwargs: Any) -> None:
         super().__init__(model, args, data_collator, **kwargs)
+        if isinstance(self.data_collator, PackedCollator):
+            check_packing(model)
         if takes_columns(model.model):
             self.data_collator: Any = TargetColumns(self.data_collator)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reft_kernels.model import ReftModel
-from reft_kernels.training.data import IGNORE_INDEX
+from reft_kernels.training.item_layout import IGNORE_INDEX
 from reft_kernels.training.trainer import ReftTrainer
 
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]

@@ -123,6 +123,15 @@ def add_locations(batch: Any, items: Sequence[Mapping[str, Any]], tokenizer: Any
         batch[SUBSPACES] = _stacked(subspaces)
 
 
+def pad_locations(locations: Tensor, width: int | None) -> Tensor:
+    """`locations` [..., P] with `width` positions, the new ones -1. Raises ValueError where there are more."""
+    if width is None or locations.shape[-1] == width:
+        return locations
+    if locations.shape[-1] > width:
+        raise ValueError(f"num_positions={width}: a batch has {locations.shape[-1]} positions")
+    return torch.nn.functional.pad(locations, (0, width - locations.shape[-1]), value=-1)
+
+
 def _column(items: Sequence[Mapping[str, Any]], name: str) -> list[Any] | None:
     found = [item[name] for item in items if item.get(name) is not None]
     if found and len(found) < len(items):

@@ -10,8 +10,7 @@ edit".
 from __future__ import annotations
 
 import warnings
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +19,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from reft_kernels.positions import get_intervention_locations, parse_positions
-from reft_kernels.training.collators import add_locations
+from reft_kernels.training.buckets import Buckets
+from reft_kernels.training.collators import LOCATIONS, add_locations, pad_locations
+from reft_kernels.training.item_layout import IGNORE_INDEX, ItemLayout
 from reft_kernels.training.sources import SkippedRows, parse_rows
+from reft_kernels.training.token_cache import cached_table
+from reft_kernels.training.tokens import encode_prompts as encode_prompts
+from reft_kernels.training.tokens import pad_token_id as pad_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from reft_kernels.model import ReftModel
 
-IGNORE_INDEX = -100
 DEFAULT_TEMPLATE = "%s\n"
 
 
@@ -143,31 +145,6 @@ def read_jsonl(path: str | Path, *, max_examples: int | None = None, needs_outpu
     return read_examples(path, max_examples=max_examples, needs_output=needs_output)
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, with the tokenizer's own start tokens but without an end token that it would
-    append (a prompt goes on). Training and generation both tokenise prompts here, so their edit positions
-    agree."""
-    if not texts:
-        return []
-    encoded: list[list[int]] = tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
-    eos, eos_text = tokenizer.eos_token_id, tokenizer.eos_token
-    if eos is None:
-        return encoded
-    return [
-        ids[:-1] if ids and ids[-1] == eos and not text.endswith(str(eos_text)) else ids
-        for ids, text in zip(encoded, texts, strict=True)
-    ]
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills padded columns: the pad token, else the end token, else 0. Its value is never looked
-    at, since attention masks are built from lengths."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
-
-
 class SupervisedDataset(Dataset[dict[str, Tensor]]):
     """Prompts and outputs as token ids, with labels on the output and the positions to edit in the prompt.
 
@@ -187,6 +164,8 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         prompts, outputs: the texts, one output a prompt.
         max_length: the longest sequence, in tokens.
         append_eos: whether the target ends with the tokenizer's end token.
+        cache: a folder to keep the token ids in, from where they are mapped into memory when the same texts are to be
+            tokenised in the same way again. See :func:`reft_kernels.training.token_cache.cached_table`.
 
     Raises:
         ValueError: prompts and outputs differ in number, an empty prompt, `max_length` below 2, a tokenizer
@@ -205,31 +184,17 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         *,
         max_length: int = 512,
         append_eos: bool = True,
+        cache: str | Path | None = None,
     ) -> None:
         if len(prompts) != len(outputs):
             raise ValueError(f"expected as many outputs as prompts, got {len(prompts)} prompts, {len(outputs)} outputs")
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {max_length}")
-        if append_eos and tokenizer.eos_token_id is None:
-            raise ValueError("append_eos=True needs a tokenizer with an end token; this one has no eos_token")
-        # Flat storage: a Python list of ids would take eight times the memory.
-        self._ids = array("i")
-        self._starts = [0]
-        self._prompt_lengths: list[int] = []
-        self.dropped: list[int] = []
-        for index, (prompt, full) in enumerate(_encode_pairs(tokenizer, prompts, outputs)):
-            if not prompt:
-                raise ValueError(f"prompt {index} has no tokens: {prompts[index]!r}")
-            if append_eos:
-                full = [*full, int(tokenizer.eos_token_id)]
-            full = full[:max_length]
-            if len(prompt) >= len(full):
-                self.dropped.append(index)
-                continue
-            self._ids.extend(full)
-            self._starts.append(len(self._ids))
-            self._prompt_lengths.append(len(prompt))
-        if not self._prompt_lengths:
+        self._table = cached_table(
+            tokenizer, prompts, outputs, max_length=max_length, append_eos=append_eos, folder=cache
+        )
+        self.dropped: list[int] = self._table.dropped.tolist()
+        if not len(self):
             raise ValueError(f"none of the {len(prompts)} examples has an output within max_length={max_length} tokens")
         if self.dropped:
             warnings.warn(
@@ -237,64 +202,23 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
                 f"nothing of their output is within max_length={max_length} tokens",
                 stacklevel=2,
             )
-        self._spans = position_spans([representation.positions for representation in reft_model.representations])
-        self._locations: dict[int, Tensor] = {}
+        self._layout = ItemLayout([representation.positions for representation in reft_model.representations])
 
     def __len__(self) -> int:
-        return len(self._prompt_lengths)
+        return len(self._table.prompt_lengths)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} out of range for {len(self)} examples")
         index %= len(self)
-        input_ids = torch.tensor(self._ids[self._starts[index] : self._starts[index + 1]], dtype=torch.int64)
-        prompt_length = self._prompt_lengths[index]
-        labels = input_ids.clone()
-        labels[:prompt_length] = IGNORE_INDEX
-        item = {"input_ids": input_ids, "labels": labels}
-        if self._spans is not None:
-            if prompt_length not in self._locations:
-                self._locations[prompt_length] = span_locations(prompt_length, self._spans)
-            item["intervention_locations"] = self._locations[prompt_length]
-        return item
+        input_ids, prompt_length = self._table.example(index)
+        return self._layout.item(input_ids, prompt_length)
 
     @property
     def lengths(self) -> list[int]:
         """The length of every item's `input_ids`, in tokens."""
-        return [stop - start for start, stop in zip(self._starts, self._starts[1:], strict=False)]
-
-
-def _encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], outputs: Sequence[str], chunk: int = 1000
-) -> Iterator[tuple[list[int], list[int]]]:
-    for start in range(0, len(prompts), chunk):
-        stop = start + chunk
-        full = [prompt + output for prompt, output in zip(prompts[start:stop], outputs[start:stop], strict=True)]
-        yield from zip(encode_prompts(tokenizer, prompts[start:stop]), encode_prompts(tokenizer, full), strict=True)
-
-
-def position_spans(positions: Iterable[str | None]) -> list[tuple[int, int]] | None:
-    """(first, last) of each representation; None without any, and as soon as one of them edits all positions."""
-    spans: list[tuple[int, int]] = []
-    for text in positions:
-        span = None if text is None else parse_positions(text)
-        if span is None:
-            return None
-        spans.append(span)
-    return spans or None
-
-
-def span_locations(prompt_length: int, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """The positions of a prompt [I, P], one row for each span, padded with -1 to the widest."""
-    width = max(first + last for first, last in spans)
-    rows: dict[tuple[int, int], list[int]] = {}
-    for first, last in spans:
-        if (first, last) not in rows:
-            (row,) = get_intervention_locations(
-                prompt_length, first_n=first, last_n=last, num_interventions=1, share_weights=True
-            )
-            rows[first, last] = [*row, *[-1] * (width - len(row))]
-    return torch.tensor([rows[span] for span in spans], dtype=torch.int64)
+        lengths: list[int] = self._table.lengths.tolist()
+        return lengths
 
 
 @dataclass
@@ -305,9 +229,22 @@ class SupervisedCollator:
     where the items have them, `intervention_locations` [B, I, P] int64 with -1 for "no edit" and `subspaces`
     [B, I, k] int64. The mask is the items' own, else it comes from the lengths, so a pad token that is also the end
     token hides nothing.
+
+    Attributes:
+        pad_token_id: fills padded columns.
+        pad_to: S is a multiple of this number, or one of these numbers (see :class:`Buckets`): few shapes for
+            `torch.compile` and CUDA graphs. The loss is the same.
+        num_positions: P, always; by default the largest number of the batch.
+
+    Raises ValueError for a batch that is longer than every number in `pad_to`, or has more positions.
     """
 
     pad_token_id: int = 0
+    pad_to: int | Sequence[int] | None = None
+    num_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        self.buckets = None if self.pad_to is None else Buckets(self.pad_to)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         ids = [torch.as_tensor(feature["input_ids"], dtype=torch.int64) for feature in features]
@@ -316,17 +253,22 @@ class SupervisedCollator:
             torch.as_tensor(feature.get("attention_mask", torch.ones_like(row)), dtype=torch.int64)
             for feature, row in zip(features, ids, strict=True)
         ]
+        longest = max(map(len, ids))
+        more = 0 if self.buckets is None else self.buckets.next(longest) - longest
         batch = {
-            "input_ids": _pad(ids, self.pad_token_id),
-            "labels": _pad(labels, IGNORE_INDEX),
-            "attention_mask": _pad(mask, 0),
+            "input_ids": _pad(ids, self.pad_token_id, more),
+            "labels": _pad(labels, IGNORE_INDEX, more),
+            "attention_mask": _pad(mask, 0, more),
         }
         add_locations(batch, features)
+        if LOCATIONS in batch:
+            batch[LOCATIONS] = pad_locations(batch[LOCATIONS], self.num_positions)
         return batch
 
 
-def _pad(rows: list[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+def _pad(rows: list[Tensor], value: int, more: int) -> Tensor:
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    return torch.nn.functional.pad(padded, (0, more), value=value) if more else padded
 
 
 def make_supervised_data_module(
@@ -337,10 +279,13 @@ def make_supervised_data_module(
     *,
     max_length: int = 512,
     append_eos: bool = True,
+    cache: str | Path | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for a Trainer: `train_dataset` (SupervisedDataset), `eval_dataset` (None) and
     `data_collator` (SupervisedCollator). Arguments and errors are those of SupervisedDataset."""
-    dataset = SupervisedDataset(tokenizer, reft_model, prompts, outputs, max_length=max_length, append_eos=append_eos)
+    dataset = SupervisedDataset(
+        tokenizer, reft_model, prompts, outputs, max_length=max_length, append_eos=append_eos, cache=cache
+    )
     return {
         "train_dataset": dataset,
         "eval_dataset": None,

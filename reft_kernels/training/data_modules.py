@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_kernels.positions import get_intervention_locations, parse_positions
 from reft_kernels.training.collators import LOCATIONS, ReftDataCollator
-from reft_kernels.training.data import IGNORE_INDEX
+from reft_kernels.training.item_layout import IGNORE_INDEX
 from reft_kernels.training.tokens import encode, end_token
 
 if TYPE_CHECKING:

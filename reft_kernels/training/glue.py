@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from reft_kernels.training.collators import LOCATIONS, ReftDataCollator
-from reft_kernels.training.data import position_spans, span_locations
+from reft_kernels.training.item_layout import position_spans, span_locations
 from reft_kernels.training.metrics import compute_metrics
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_kernels.training.data import IGNORE_INDEX
+from reft_kernels.training.item_layout import IGNORE_INDEX
 
 Array = NDArray[Any]
 COMBINED = "combined_score"

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft_kernels.training.data import IGNORE_INDEX, pad_token_id
+from reft_kernels.training.data import pad_token_id
+from reft_kernels.training.item_layout import IGNORE_INDEX
 from reft_kernels.training.pyreft_datasets import MASK, ReftDataset, keyword
 from reft_kernels.training.task_datasets import alpaca_prompt
 from reft_kernels.training.tokens import end_token, starts_by_itself, token_ids

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from reft_kernels.positions import get_intervention_locations, parse_positions
-from reft_kernels.training.data import IGNORE_INDEX, pad_token_id
+from reft_kernels.training.data import pad_token_id
+from reft_kernels.training.item_layout import IGNORE_INDEX
 from reft_kernels.training.tokens import end_token, token_ids
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from reft_kernels.model import ReftModel
 from reft_kernels.modules import inner_model, text_config
-from reft_kernels.training.data import IGNORE_INDEX, encode_prompts
+from reft_kernels.training.data import encode_prompts
+from reft_kernels.training.item_layout import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from reft_kernels.training.data import IGNORE_INDEX
+from reft_kernels.training.buckets import Buckets
+from reft_kernels.training.item_layout import IGNORE_INDEX
 
 COLUMNS = "target_columns"
 
@@ -24,15 +25,22 @@ def takes_columns(base: nn.Module) -> bool:
 class TargetColumns:
     """Adds to a collator's batch the columns [K] whose logits predict a label in some row.
 
-    Found here, on the host, since their number is a shape: on a GPU it would be waited for.
+    Found here, on the host, since their number is a shape: on a GPU it would be waited for. Where the collator pads to
+    few lengths (its `buckets`), K is one of few numbers too: columns without a label are added.
     """
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
+        self.buckets: Buckets | None = getattr(collator, "buckets", None)
 
     def __call__(self, features: Any) -> Any:
         batch = self.collator(features)
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and labels.ndim == 2:
-            batch[COLUMNS] = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
+            labelled = (labels[:, 1:] != IGNORE_INDEX).any(0)
+            if self.buckets is not None:
+                count = int(labelled.sum())
+                more = min(self.buckets.next(count), len(labelled)) - count
+                labelled[(~labelled).nonzero()[:more, 0]] = True
+            batch[COLUMNS] = labelled.nonzero()[:, 0]
         return batch

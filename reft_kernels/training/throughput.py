@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft_kernels.training.data import IGNORE_INDEX
 from reft_kernels.training.flops import ModelFlops, model_flops
+from reft_kernels.training.item_layout import IGNORE_INDEX
 from reft_kernels.training.log_values import LogValues
 from reft_kernels.training.peak_rates import PeakRate, peak_rate
 

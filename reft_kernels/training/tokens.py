@@ -53,3 +53,28 @@ def starts_by_itself(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts its start token in front of every text."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, with the tokenizer's own start tokens but without an end token that it would
+    append (a prompt goes on). Training and generation both tokenise prompts here, so their edit positions
+    agree."""
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
+    eos, eos_text = tokenizer.eos_token_id, tokenizer.eos_token
+    if eos is None:
+        return encoded
+    return [
+        ids[:-1] if ids and ids[-1] == eos and not text.endswith(str(eos_text)) else ids
+        for ids, text in zip(encoded, texts, strict=True)
+    ]
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padded columns: the pad token, else the end token, else 0. Its value is never looked
+    at, since attention masks are built from lengths."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
