@@ -25,6 +25,8 @@ from reft_kernels.training.evaluate import (
     extract_answer,
     generate_texts,
 )
+from reft_kernels.training.frozen_cache import FrozenCache, FrozenCacheStats
+from reft_kernels.training.frozen_rows import SuffixCollator
 from reft_kernels.training.pair_datasets import ReftPreferenceDataset, ReftRewardDataset
 from reft_kernels.training.pretrained import as_pretrained_model
 from reft_kernels.training.pyreft_datasets import ReftDataset, ReftRawDataset
@@ -38,6 +40,8 @@ from reft_kernels.training.trainer import ReftTrainer
 __all__ = [
     "Accuracy",
     "Example",
+    "FrozenCache",
+    "FrozenCacheStats",
     "Prediction",
     "ReftClassificationDataset",
     "ReftDataCollator",
@@ -52,6 +56,7 @@ __all__ = [
     "ReftTrainerForCausalLM",
     "ReftTrainerForCausalLMDistributed",
     "ReftTrainerForSequenceClassification",
+    "SuffixCollator",
     "SupervisedCollator",
     "SupervisedDataset",
     "as_pretrained_model",
