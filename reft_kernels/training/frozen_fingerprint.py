@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
+from transformers import __version__ as transformers_version
 
 from reft_kernels.modules import text_config
 from reft_kernels.training.frozen_part import FrozenPart
@@ -33,7 +33,7 @@ def fingerprint(part: FrozenPart, precision: str) -> str:
         "config": {name: value for name, value in settings.items() if name not in _NO_EFFECT},
         "first": part.first,
         "precision": precision,
-        "transformers": transformers.__version__,
+        "transformers": transformers_version,
         "tensors": tensor_sums({**dict(part.body.named_parameters()), **dict(part.body.named_buffers())}),
     }
     text = json.dumps(document, sort_keys=True, default=str)

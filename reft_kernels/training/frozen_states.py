@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from reft_kernels.training.frozen_part import FrozenPart
@@ -39,7 +39,7 @@ def compute_entries(part: FrozenPart, tokens: Sequence[Tensor], starts: Sequence
     def look(_module: nn.Module, _args: Any, output: Any) -> None:
         entering.append(output if isinstance(output, Tensor) else output[0])
 
-    cache = DynamicCache()
+    cache = Cache(layers=[_FirstLayer() for _ in part.blocks])
     handle = part.blocks[part.first - 1].register_forward_hook(look) if part.first else None
     try:
         body = part.body(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
@@ -89,6 +89,15 @@ def join_entries(part: FrozenPart, entries: Sequence[Entry], starts: Sequence[in
             hidden[index, : len(entry.hidden)].copy_(entry.hidden, non_blocking=True)
     keys = left_padded([entry.keys for entry in entries])
     return FrozenStates(keys, left_padded([entry.values for entry in entries]), hidden)
+
+
+class _FirstLayer(DynamicLayer):  # type: ignore[misc,unused-ignore]
+    """A layer of transformers' cache for one call, which keeps keys and values as they come: under autocast they have
+    different dtypes."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
 
 
 class _HeldLayer(DynamicLayer):  # type: ignore[misc,unused-ignore]
