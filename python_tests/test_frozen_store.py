@@ -14,8 +14,7 @@ from frozen_support import LENGTHS, cached, largest_difference, make_model, make
 from torch import Tensor
 
 from reft_kernels.model import ReftModel
-from reft_kernels.training import FrozenCache, SuffixCollator, SupervisedCollator
-from reft_kernels.training import frozen_fingerprint
+from reft_kernels.training import FrozenCache, SuffixCollator, SupervisedCollator, frozen_fingerprint
 from reft_kernels.training import frozen_store as store_module
 from reft_kernels.training.frozen_fingerprint import fingerprint, tensor_sums
 from reft_kernels.training.frozen_part import find_frozen_part
