@@ -21,6 +21,8 @@ from reft_kernels.training.data_modules import (
 )
 from reft_kernels.training.decoding import DECODING, decoding_settings
 from reft_kernels.training.evaluate import Accuracy, Prediction, evaluate_accuracy, generate_texts
+from reft_kernels.training.frozen_cache import FrozenCache, FrozenCacheStats
+from reft_kernels.training.frozen_rows import SuffixCollator
 from reft_kernels.training.glue import GLUE_TASKS, GlueDataset, GlueTask, glue_collator, glue_task, train_head
 from reft_kernels.training.metrics import compute_metrics
 from reft_kernels.training.pair_datasets import ReftPreferenceDataset, ReftRewardDataset
@@ -43,6 +45,8 @@ __all__ = [
     "Accuracy",
     "AnswerRule",
     "Example",
+    "FrozenCache",
+    "FrozenCacheStats",
     "GlueDataset",
     "GlueTask",
     "Prediction",
@@ -61,6 +65,7 @@ __all__ = [
     "ReftTrainerForCausalLMDistributed",
     "ReftTrainerForSequenceClassification",
     "Split",
+    "SuffixCollator",
     "SupervisedCollator",
     "SupervisedDataset",
     "answer_rule",
