@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         keep_checkpoints=arguments.keep_checkpoints,
         log_steps=arguments.log_steps,
         report_to=tuple(arguments.report_to),
+        cache_folder=Path(arguments.cache_folder).expanduser() if arguments.cache_folder else None,
         report=not arguments.no_report,
         progress=not arguments.no_progress,
         resume=arguments.resume,

@@ -59,6 +59,12 @@ def add_run_options(group: Any) -> None:
         metavar="NAME",
         help="where else the log goes: tensorboard, wandb and others of the Trainer's, if they are installed",
     )
+    add(
+        "--cache-folder",
+        metavar="FOLDER",
+        help="keep token ids here, and what --cache-frozen disk keeps, for this and later runs (default: no token ids, "
+        "and the rest in the output folder)",
+    )
     add("--no-report", action="store_true", help="write no report.html, report.png and README.md")
     add("--no-progress", action="store_true", help="lines instead of a progress bar")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.forward_passes import predict
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.scores import Scores
+from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings
 from reft_kernels.training.classification import ReftTrainerForSequenceClassification
 from reft_kernels.training.glue import GlueDataset, glue_collator, glue_task
@@ -37,6 +39,9 @@ class ClassificationJob:
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
+        for name in ("cache_frozen", "packing", "pad_to"):
+            if getattr(settings, name) != JobSettings.__dataclass_fields__[name].default:
+                raise UserError(f"--{name.replace('_', '-')}: is for language models, not for classifications")
         with user_errors("--glue"):
             self.task = glue_task(settings.glue or "")
         self.labels = self.task.num_labels
@@ -78,17 +83,22 @@ class ClassificationJob:
             sources, lambda row: row.fields, option=option, split=split, max_rows=most, skipped=self.skipped
         )
 
-    def trainer_options(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def trainer_options(
+        self, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel, options: RunOptions
+    ) -> dict[str, Any]:
         """Further arguments of the trainer."""
-        del tokenizer
+        del tokenizer, reft_model, options
         return {"compute_metrics": self.task.compute_metrics()}
 
     def head_parameters(self, reft_model: ReftModel) -> list[nn.Parameter]:
         """The parameters of the head that are trained."""
         return trained_heads(reft_model.model)
 
-    def data(self, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel) -> dict[str, Any]:
+    def data(
+        self, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel, cache: Path | None = None
+    ) -> dict[str, Any]:
         """The Trainer's `train_dataset`, `eval_dataset` (None without held-out rows) and `data_collator`."""
+        del cache
         with user_errors("--data"):
             train = self._dataset(self.train, tokenizer, reft_model)
             held_out = self._dataset(self.held_out, tokenizer, reft_model) if self.held_out else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -13,10 +14,14 @@ from reft_kernels.jobs.forward_passes import mean_loss
 from reft_kernels.jobs.held_out import ScoringTrainer
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.scores import Scores
+from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings, read_subspace
 from reft_kernels.training.answers import AnswerRule, TextAfterTrigger, answer_rule
+from reft_kernels.training.choices import Normalise, evaluate_choices
 from reft_kernels.training.data import Example, SupervisedCollator, SupervisedDataset, pad_token_id, parse_row
 from reft_kernels.training.evaluate import evaluate_accuracy
+from reft_kernels.training.frozen_cache import FrozenCache
+from reft_kernels.training.packing import PackedCollator
 from reft_kernels.training.prompts import PromptStyle, prompt_and_target, prompt_style
 from reft_kernels.training.sources import Row, SkippedRows
 
@@ -98,28 +103,53 @@ class LanguageJob:
     def _answers(self) -> bool:
         return self.settings.evaluation in ("generate", "rank")
 
-    def trainer_options(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def trainer_options(
+        self, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel, options: RunOptions
+    ) -> dict[str, Any]:
         """Further arguments of the trainer."""
-        if not (self._answers and self.held_out):
-            return {}
-        return {"score": lambda model: self.evaluate_held_out(model, tokenizer).metrics}
+        settings = self.settings
+        more: dict[str, Any] = {}
+        if self._answers and self.held_out:
+            more["score"] = lambda model: self.evaluate_held_out(model, tokenizer).metrics
+        if settings.cache_frozen != "none":
+            folder = (options.cache_folder or options.output / "cache") if settings.cache_frozen == "disk" else None
+            with user_errors("--cache-frozen"):
+                budget = int(settings.cache_gib * 2**30)
+                more["frozen_cache"] = FrozenCache(reft_model, settings.cache_frozen, budget=budget, folder=folder)
+        return more
 
     def head_parameters(self, reft_model: ReftModel) -> list[torch.nn.Parameter]:
         """None: a language model's head is frozen."""
         del reft_model
         return []
 
-    def data(self, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel) -> dict[str, Any]:
-        """The Trainer's `train_dataset`, `eval_dataset` (None without held-out rows) and `data_collator`."""
+    def data(
+        self, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel, cache: Path | None = None
+    ) -> dict[str, Any]:
+        """The Trainer's `train_dataset`, `eval_dataset` (None without held-out rows) and `data_collator`.
+
+        Args:
+            cache: a folder for token ids, see SupervisedDataset.
+        """
         with user_errors("--data"):
-            return {
-                "train_dataset": self._dataset(self.train, tokenizer, reft_model),
-                "eval_dataset": self._dataset(self.held_out, tokenizer, reft_model) if self.held_out else None,
-                "data_collator": SupervisedCollator(pad_token_id(tokenizer)),
-            }
+            train = self._dataset(self.train, tokenizer, reft_model, cache)
+            held_out = self._dataset(self.held_out, tokenizer, reft_model, cache) if self.held_out else None
+        with user_errors("--pad-to"):
+            return {"train_dataset": train, "eval_dataset": held_out, "data_collator": self._collator(tokenizer)}
+
+    def _collator(self, tokenizer: PreTrainedTokenizerBase) -> SupervisedCollator | PackedCollator:
+        sizes = self.settings.pad_to
+        pad_to = None if not sizes else sizes[0] if len(sizes) == 1 else sizes
+        if self.settings.packing is not None:
+            return PackedCollator(pad_token_id(tokenizer), row_length=self.settings.packing, pad_to=pad_to)
+        return SupervisedCollator(pad_token_id(tokenizer), pad_to=pad_to)
 
     def _dataset(
-        self, examples: list[Example], tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel
+        self,
+        examples: list[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        reft_model: ReftModel,
+        cache: Path | None = None,
     ) -> SupervisedDataset:
         pairs = [
             prompt_and_target(one.instruction, one.input, one.output, style=self.style, tokenizer=tokenizer)
@@ -131,6 +161,7 @@ class LanguageJob:
             [prompt for prompt, _ in pairs],
             [target or "" for _, target in pairs],
             max_length=self.settings.max_length,
+            cache=cache,
             **({"subspaces": [self._subspace[id(one)] for one in examples]} if self._subspace else {}),
         )
 
@@ -152,6 +183,18 @@ class LanguageJob:
             collate = SupervisedCollator(pad_token_id(tokenizer))
             loss = mean_loss(model, dataset, collate, settings.eval_batch_size, progress)
             return Scores({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, len(dataset))
+        if settings.evaluation == "rank":
+            result = evaluate_choices(
+                model,
+                tokenizer,
+                examples,
+                style=self.style,
+                rule=self.rule,
+                normalise=cast(Normalise, settings.normalise),
+                batch_size=settings.eval_batch_size,
+                progress=progress,
+            )
+            return Scores({"accuracy": result.accuracy}, result.total, [asdict(one) for one in result.predictions])
         if settings.evaluation == "generate":
             result = evaluate_accuracy(
                 model,

@@ -93,7 +93,7 @@ def run_job(
     reft_model = adapt(base, settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the header says how many were left out
-        data = job.data(tokenizer, reft_model)
+        data = job.data(tokenizer, reft_model, options.cache_folder)
     arguments = _arguments(settings, options, device, job, evaluates=data["eval_dataset"] is not None)
     log = describe_run(settings, options, recipe, reft_model, base, total, job, data)
     say_header(settings, options, reft_model, base, log, say)
@@ -110,7 +110,7 @@ def run_job(
         clock, speed = make_clock(), Throughput(show=False)
         trainer = job.trainer(
             reft_model, arguments, callbacks=[clock, speed, Orthonormality(), *callbacks], **data,
-            **job.trainer_options(tokenizer),
+            **job.trainer_options(tokenizer, reft_model, options),
         )  # fmt: skip
         _train(trainer, folder, checkpoint)
         history = trainer.state.log_history

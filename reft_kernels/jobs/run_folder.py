@@ -35,7 +35,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _run_files(folder: Path) -> list[Path]:
-    names = {LOG_FILE, PREDICTIONS, "report.html", "report.png", CONFIG_FILE, ADAPTER_FILE, BASE_FILE}
+    names = {LOG_FILE, PREDICTIONS, "cache", "report.html", "report.png", CONFIG_FILE, ADAPTER_FILE, BASE_FILE}
     if not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if path.name in names or path.name.startswith("checkpoint-")]

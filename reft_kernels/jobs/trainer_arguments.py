@@ -23,6 +23,7 @@ class RunOptions:
     report_to: tuple[str, ...] = ()
     progress: bool = True
     report: bool = True
+    cache_folder: Path | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -44,6 +45,11 @@ def training_arguments(
         more["warmup_ratio"] = settings.warmup
     else:
         more["warmup_steps"] = settings.warmup if settings.warmup < 1 else int(settings.warmup)
+    if settings.group_by_length:
+        if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:  # as transformers 5 calls it
+            more["train_sampling_strategy"] = "group_by_length"
+        else:
+            more["group_by_length"] = True
     if settings.gradient_checkpointing:
         name = "activation_checkpointing"  # as transformers 5 calls it
         more[name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"] = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from reft_kernels.interventions import METHODS
@@ -39,7 +39,7 @@ class Option:
         if value is None and self.optional:
             return None
         if self.many:
-            items = [value] if isinstance(value, str) else value
+            items = [value] if isinstance(value, (str, int, float)) else value
             if not isinstance(items, (list, tuple)):
                 raise ValueError(f"{name} must be a list, got {value!r}")
             return tuple(self._one(name, item) for item in items)
@@ -66,7 +66,8 @@ class Option:
         if self.optional and text.lower() == "none":
             return None
         if self.many:
-            return self.check(name, [item for item in text.split(",") if item])
+            one = replace(self, many=False)
+            return self.check(name, [one.read(name, item) for item in text.split(",") if item])
         if self.kind is bool:
             if text.lower() not in ("true", "false"):
                 raise ValueError(f"{name} must be true or false, got {text!r}")
@@ -124,6 +125,13 @@ class JobSettings:
         "task",
         "how answers are scored: generated, ranked by likelihood, by loss alone, or as a text recited",
         choices=EVALUATIONS,
+    )
+    normalise: str = _option(
+        "none",
+        str,
+        "task",
+        "likelihoods to rank by: of the whole answer, of its tokens or of its bytes",
+        choices=("none", "token", "byte"),
     )
     rule: str = _option(
         "commonsense",
@@ -265,6 +273,34 @@ class JobSettings:
         False, bool, "speed", "keep no activations of a block for the backward, but compute them again"
     )
     compile: bool = _option(False, bool, "speed", "torch.compile the model")
+    cache_frozen: str = _option(
+        "none",
+        str,
+        "speed",
+        "keep what the frozen base model makes of the tokens before the first edited one, and below the first edited "
+        "layer, so that an epoch costs the rest alone: in memory, in pinned memory, or on disk",
+        choices=("none", "memory", "pinned", "disk"),
+    )
+    cache_gib: float = _option(8.0, float, "speed", "how much of it to keep, in each process", minimum=0, metavar="X")
+    packing: int | None = _option(
+        None,
+        int,
+        "speed",
+        "put several examples into one row of at most N tokens",
+        minimum=2,
+        metavar="N",
+        optional=True,
+    )
+    pad_to: tuple[int, ...] = _option(
+        (),
+        int,
+        "speed",
+        "lengths that batches are padded to, for few shapes: one is a step, several are the lengths themselves",
+        minimum=1,
+        metavar="N",
+        many=True,
+    )
+    group_by_length: bool = _option(False, bool, "speed", "batches of examples of about equal length")
 
     def __post_init__(self) -> None:
         for name, option in OPTIONS.items():

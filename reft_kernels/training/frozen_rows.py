@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels.training.collators import LOCATIONS, SUBSPACES
-from reft_kernels.training.data import IGNORE_INDEX
+from reft_kernels.training.item_layout import IGNORE_INDEX
 
 ROWS = "frozen_rows"
 _KNOWN = ("input_ids", "labels", "attention_mask", LOCATIONS, SUBSPACES, "id")
