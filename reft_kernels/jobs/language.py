@@ -18,6 +18,7 @@ from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings, read_subspace
 from reft_kernels.training.answers import AnswerRule, TextAfterTrigger, answer_rule
 from reft_kernels.training.choices import Normalise, evaluate_choices
+from reft_kernels.training.cloze import ClozeExample, as_cloze
 from reft_kernels.training.data import Example, SupervisedCollator, SupervisedDataset, pad_token_id, parse_row
 from reft_kernels.training.evaluate import evaluate_accuracy
 from reft_kernels.training.frozen_cache import FrozenCache
@@ -62,7 +63,7 @@ class LanguageJob:
         settings = self.settings
         parts = read_all(
             settings.data,
-            lambda row: parse_row(row.fields, row.where, needs_output=True),
+            lambda row: self._row(row, needs_output=True),
             option="--data",
             split=settings.split,
             max_rows=settings.max_examples,
@@ -92,7 +93,16 @@ class LanguageJob:
         self.evaluated = dict(zip(source_names(settings.eval_data), parts, strict=True))
 
     def _scored_row(self, row: Row) -> Example:
-        return parse_row(row.fields, row.where, needs_output=self.settings.evaluation in ("loss", "recite"))
+        return self._row(row, needs_output=self.settings.evaluation in ("loss", "recite"))
+
+    def _row(self, row: Row, needs_output: bool) -> Example:
+        example = parse_row(row.fields, row.where, needs_output=needs_output)
+        if self.settings.style != "cloze":
+            return example
+        try:
+            return as_cloze(example)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
 
     @property
     def best(self) -> tuple[str, bool]:
@@ -188,6 +198,7 @@ class LanguageJob:
                 model,
                 tokenizer,
                 examples,
+                choices=[one.choices for one in examples if isinstance(one, ClozeExample)] or None,
                 style=self.style,
                 rule=self.rule,
                 normalise=cast(Normalise, settings.normalise),
@@ -234,6 +245,8 @@ class LanguageJob:
 
 def _rule(settings: JobSettings) -> AnswerRule:
     with user_errors("--rule"):
+        if settings.style == "cloze":
+            return TextAfterTrigger("")
         if settings.trigger is None:
             return answer_rule(settings.rule)
         if settings.rule != "commonsense":

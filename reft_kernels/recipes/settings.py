@@ -104,7 +104,8 @@ class JobSettings:
         "commonsense",
         str,
         "task",
-        "how a row becomes prompt and target: commonsense, math, gsm8k, alpaca, memorise or chat",
+        "how a row becomes prompt and target: commonsense, cloze (the option's text, not its name), math, gsm8k, "
+        "alpaca, memorise or chat",
         metavar="NAME",
     )
     template: str | None = _option(

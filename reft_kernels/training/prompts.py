@@ -54,6 +54,7 @@ class PromptStyle:
         template_with_input: the prompt of a row that has an input, with `%s` for the instruction and, after it, `%s`
             for the input. None: the input follows the instruction after a blank line, see `build_prompt`.
         trigger: what leads to the answer in the target; put in front of an output that does not hold it.
+        before_target: what stands between prompt and target, learned with the target.
         replace: (old, new), replaced wherever old stands in an output.
         chat: the prompt is a conversation in the tokenizer's chat template, its user's turn being `template`.
         system: what that conversation starts with; None leaves it to the chat template.
@@ -64,6 +65,7 @@ class PromptStyle:
     template: str = "%s"
     template_with_input: str | None = None
     trigger: str = ""
+    before_target: str = ""
     replace: tuple[str, str] | None = None
     chat: bool = False
     system: str | None = None
@@ -84,12 +86,13 @@ class PromptStyle:
         """The text to learn."""
         if self.replace is not None:
             output = output.replace(*self.replace)
-        return output if self.trigger in output else self.trigger + output
+        return self.before_target + (output if self.trigger in output else self.trigger + output)
 
 
 PROMPT_STYLES: Mapping[str, PromptStyle] = MappingProxyType(
     {
         "commonsense": PromptStyle(DEFAULT_TEMPLATE, trigger=COMMONSENSE_TRIGGER),
+        "cloze": PromptStyle("Question: %s\nAnswer:", before_target=" "),
         "math": PromptStyle(WITHOUT_INPUT, WITH_INPUT),
         "gsm8k": PromptStyle(GSM8K_TEMPLATE, replace=(GSM8K_MARK, GSM8K_TRIGGER)),
         "alpaca": PromptStyle(WITHOUT_INPUT, WITH_INPUT),
