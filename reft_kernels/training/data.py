@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from reft_kernels.positions import get_intervention_locations, parse_positions
 from reft_kernels.training.collators import add_locations
+from reft_kernels.training.subspaces import checked_subspaces, read_subspaces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,12 +39,14 @@ DEFAULT_TEMPLATE = "%s\n"
 @dataclass(frozen=True)
 class Example:
     """One row: `instruction` (the prompt), `input` (its context, may be empty), `output` (the target text, or
-    None in rows for evaluation only) and `answer` (the short gold answer, or None)."""
+    None in rows for evaluation only), `answer` (the short gold answer, or None) and `subspaces` (the dimensions of
+    the interventions' subspaces that the row trains, or None)."""
 
     instruction: str
     input: str = ""
     output: str | None = None
     answer: str | None = None
+    subspaces: tuple[int, ...] | None = None
 
 
 def build_prompt(instruction: str, input: str = "", template: str = DEFAULT_TEMPLATE) -> str:
@@ -62,7 +65,7 @@ def parse_row(row: object, where: str, *, needs_output: bool = True) -> Example:
 
     Raises ValueError if the row is no JSON object, if `instruction` is missing, if `output` is missing where
     it is needed (for evaluation, `answer` is enough), or if a field is not text. A number is accepted as
-    `answer`.
+    `answer`; `subspaces`, where there are any, must be a list of ints.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: expected a JSON object with the field 'instruction', got {type(row).__name__}")
@@ -75,7 +78,13 @@ def parse_row(row: object, where: str, *, needs_output: bool = True) -> Example:
             raise ValueError(f"{where}: field {name!r} must be text, got {type(value).__name__}")
         return value
 
-    example = Example(text("instruction") or "", text("input") or "", text("output"), text("answer", number=True))
+    example = Example(
+        text("instruction") or "",
+        text("input") or "",
+        text("output"),
+        text("answer", number=True),
+        read_subspaces(row.get("subspaces"), where),
+    )
     has = ", ".join(repr(str(key)) for key in row) or "none"
     if row.get("instruction") is None:
         raise ValueError(f"{where}: field 'instruction' is missing (fields there: {has})")
@@ -160,10 +169,10 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
     end token goes first); an example whose prompt alone fills `max_length` has nothing to learn and is left
     out, with one warning for all of them.
 
-    Items: `input_ids` [S] int64, `labels` [S] int64 and `intervention_locations` [I, P] int64, one row for
-    each of `reft_model.representations`, in their order, padded with -1 to the widest. The last key is absent
-    where a representation edits "all" positions: the model then finds the positions itself, from the labels
-    and the mask.
+    Items: `input_ids` [S] int64, `labels` [S] int64, `intervention_locations` [I, P] int64, one row for
+    each of `reft_model.representations`, in their order, padded with -1 to the widest, and `subspaces` [I, k] int64,
+    the same for each of them. The locations are absent where a representation edits "all" positions: the model then
+    finds the positions itself, from the labels and the mask. Subspaces are there where they are given.
 
     Args:
         tokenizer: a transformers tokenizer; nothing of it is changed.
@@ -171,10 +180,13 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         prompts, outputs: the texts, one output a prompt.
         max_length: the longest sequence, in tokens.
         append_eos: whether the target ends with the tokenizer's end token.
+        subspaces: for interventions of the caller's own that read them, the dimensions of its subspace that each
+            example trains, equally many for all of them (paper, appendix G.1).
 
     Raises:
         ValueError: prompts and outputs differ in number, an empty prompt, `max_length` below 2, a tokenizer
-            without end token where one is to be appended, or no example short enough.
+            without end token where one is to be appended, no example short enough, or `subspaces` that are not one
+            list of k different dimensions an example, each within every intervention's rank.
 
     Attributes:
         dropped: the indices of the examples left out.
@@ -189,6 +201,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         *,
         max_length: int = 512,
         append_eos: bool = True,
+        subspaces: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if len(prompts) != len(outputs):
             raise ValueError(f"expected as many outputs as prompts, got {len(prompts)} prompts, {len(outputs)} outputs")
@@ -223,6 +236,12 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
             )
         self._spans = position_spans([representation.positions for representation in reft_model.representations])
         self._locations: dict[int, Tensor] = {}
+        self._subspaces: Tensor | None = None
+        if subspaces is not None:
+            dropped = set(self.dropped)
+            chosen = checked_subspaces(subspaces, len(prompts), reft_model)
+            self._subspaces = torch.tensor([one for index, one in enumerate(chosen) if index not in dropped])
+            self._count = len(reft_model.representations)
 
     def __len__(self) -> int:
         return len(self._prompt_lengths)
@@ -240,6 +259,8 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
             if prompt_length not in self._locations:
                 self._locations[prompt_length] = span_locations(prompt_length, self._spans)
             item["intervention_locations"] = self._locations[prompt_length]
+        if self._subspaces is not None:
+            item["subspaces"] = self._subspaces[index].expand(self._count, -1)
         return item
 
     @property
@@ -321,10 +342,13 @@ def make_supervised_data_module(
     *,
     max_length: int = 512,
     append_eos: bool = True,
+    subspaces: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for a Trainer: `train_dataset` (SupervisedDataset), `eval_dataset` (None) and
     `data_collator` (SupervisedCollator). Arguments and errors are those of SupervisedDataset."""
-    dataset = SupervisedDataset(tokenizer, reft_model, prompts, outputs, max_length=max_length, append_eos=append_eos)
+    dataset = SupervisedDataset(
+        tokenizer, reft_model, prompts, outputs, max_length=max_length, append_eos=append_eos, subspaces=subspaces
+    )
     return {
         "train_dataset": dataset,
         "eval_dataset": None,

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from reft_kernels import ReftConfig, ReftModel, ReftTrainerForCausalLM, get_reft_model, make_supervised_data_module
 from reft_kernels.training.data import encode_prompts
-from reft_kernels.training.recite import By, Recital, recite
+from reft_kernels.training.memorisation import By, Recital, recite
 
 PROMPT = "which colour is the red box ?"
 
