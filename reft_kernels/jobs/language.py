@@ -172,7 +172,7 @@ class LanguageJob:
             [target or "" for _, target in pairs],
             max_length=self.settings.max_length,
             cache=cache,
-            **({"subspaces": [self._subspace[id(one)] for one in examples]} if self._subspace else {}),
+            subspaces=[self._subspace[id(one)] for one in examples] if self._subspace else None,
         )
 
     def evaluate(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, name: str, *, progress: bool) -> Scores:

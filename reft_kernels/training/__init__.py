@@ -3,6 +3,7 @@
 from reft_kernels.training.answers import ANSWER_RULES, AnswerRule, answer_rule, extract_answer
 from reft_kernels.training.causal_lm import ReftTrainerForCausalLM, ReftTrainerForCausalLMDistributed
 from reft_kernels.training.checkpoints import last_complete_checkpoint
+from reft_kernels.training.choices import ChoicePrediction, answer_choices, evaluate_choices, score_choices
 from reft_kernels.training.classification import ReftTrainerForSequenceClassification
 from reft_kernels.training.collators import ReftDataCollator, ReftRewardCollator
 from reft_kernels.training.data import (
@@ -24,6 +25,7 @@ from reft_kernels.training.evaluate import Accuracy, Prediction, evaluate_accura
 from reft_kernels.training.frozen_cache import FrozenCache, FrozenCacheStats
 from reft_kernels.training.frozen_rows import SuffixCollator
 from reft_kernels.training.glue import GLUE_TASKS, GlueDataset, GlueTask, glue_collator, glue_task, train_head
+from reft_kernels.training.memorisation import Recital, recite
 from reft_kernels.training.metrics import compute_metrics
 from reft_kernels.training.pair_datasets import ReftPreferenceDataset, ReftRewardDataset
 from reft_kernels.training.pretrained import as_pretrained_model
@@ -44,6 +46,7 @@ __all__ = [
     "PROMPT_STYLES",
     "Accuracy",
     "AnswerRule",
+    "ChoicePrediction",
     "Example",
     "FrozenCache",
     "FrozenCacheStats",
@@ -51,6 +54,7 @@ __all__ = [
     "GlueTask",
     "Prediction",
     "PromptStyle",
+    "Recital",
     "ReftClassificationDataset",
     "ReftDataCollator",
     "ReftDataset",
@@ -68,6 +72,7 @@ __all__ = [
     "SuffixCollator",
     "SupervisedCollator",
     "SupervisedDataset",
+    "answer_choices",
     "answer_rule",
     "as_pretrained_model",
     "build_prompt",
@@ -75,6 +80,7 @@ __all__ = [
     "decoding_settings",
     "encode_prompts",
     "evaluate_accuracy",
+    "evaluate_choices",
     "extract_answer",
     "generate_texts",
     "glue_collator",
@@ -90,5 +96,7 @@ __all__ = [
     "prompt_and_target",
     "prompt_style",
     "read_jsonl",
+    "recite",
+    "score_choices",
     "train_head",
 ]

@@ -23,6 +23,7 @@ from reft_kernels.training.buckets import Buckets
 from reft_kernels.training.collators import LOCATIONS, add_locations, pad_locations
 from reft_kernels.training.item_layout import IGNORE_INDEX, ItemLayout
 from reft_kernels.training.sources import SkippedRows, parse_rows
+from reft_kernels.training.subspaces import checked_subspaces, read_subspaces
 from reft_kernels.training.token_cache import cached_table
 from reft_kernels.training.tokens import encode_prompts as encode_prompts
 from reft_kernels.training.tokens import pad_token_id as pad_token_id
@@ -38,12 +39,14 @@ DEFAULT_TEMPLATE = "%s\n"
 @dataclass(frozen=True)
 class Example:
     """One row: `instruction` (the prompt), `input` (its context, may be empty), `output` (the target text, or
-    None in rows for evaluation only) and `answer` (the short gold answer, or None)."""
+    None in rows for evaluation only), `answer` (the short gold answer, or None) and `subspaces` (the dimensions of
+    the interventions' subspaces that the row trains, or None)."""
 
     instruction: str
     input: str = ""
     output: str | None = None
     answer: str | None = None
+    subspaces: tuple[int, ...] | None = None
 
 
 def build_prompt(instruction: str, input: str = "", template: str = DEFAULT_TEMPLATE) -> str:
@@ -62,7 +65,7 @@ def parse_row(row: object, where: str, *, needs_output: bool = True) -> Example:
 
     Raises ValueError if the row is no JSON object, if `instruction` is missing, if `output` is missing where
     it is needed (for evaluation, `answer` is enough), or if a field is not text. A number is accepted as
-    `answer`.
+    `answer`; `subspaces`, where there are any, must be a list of ints.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: expected a JSON object with the field 'instruction', got {type(row).__name__}")
@@ -75,7 +78,13 @@ def parse_row(row: object, where: str, *, needs_output: bool = True) -> Example:
             raise ValueError(f"{where}: field {name!r} must be text, got {type(value).__name__}")
         return value
 
-    example = Example(text("instruction") or "", text("input") or "", text("output"), text("answer", number=True))
+    example = Example(
+        text("instruction") or "",
+        text("input") or "",
+        text("output"),
+        text("answer", number=True),
+        read_subspaces(row.get("subspaces"), where),
+    )
     has = ", ".join(repr(str(key)) for key in row) or "none"
     if row.get("instruction") is None:
         raise ValueError(f"{where}: field 'instruction' is missing (fields there: {has})")
@@ -153,10 +162,10 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
     end token goes first); an example whose prompt alone fills `max_length` has nothing to learn and is left
     out, with one warning for all of them.
 
-    Items: `input_ids` [S] int64, `labels` [S] int64 and `intervention_locations` [I, P] int64, one row for
-    each of `reft_model.representations`, in their order, padded with -1 to the widest. The last key is absent
-    where a representation edits "all" positions: the model then finds the positions itself, from the labels
-    and the mask.
+    Items: `input_ids` [S] int64, `labels` [S] int64, `intervention_locations` [I, P] int64, one row for
+    each of `reft_model.representations`, in their order, padded with -1 to the widest, and `subspaces` [I, k] int64,
+    the same for each of them. The locations are absent where a representation edits "all" positions: the model then
+    finds the positions itself, from the labels and the mask. Subspaces are there where they are given.
 
     Args:
         tokenizer: a transformers tokenizer; nothing of it is changed.
@@ -166,10 +175,13 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         append_eos: whether the target ends with the tokenizer's end token.
         cache: a folder to keep the token ids in, from where they are mapped into memory when the same texts are to be
             tokenised in the same way again. See :func:`reft_kernels.training.token_cache.cached_table`.
+        subspaces: for interventions of the caller's own that read them, the dimensions of its subspace that each
+            example trains, equally many for all of them (paper, appendix G.1).
 
     Raises:
         ValueError: prompts and outputs differ in number, an empty prompt, `max_length` below 2, a tokenizer
-            without end token where one is to be appended, or no example short enough.
+            without end token where one is to be appended, no example short enough, or `subspaces` that are not one
+            list of k different dimensions an example, each within every intervention's rank.
 
     Attributes:
         dropped: the indices of the examples left out.
@@ -185,6 +197,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         max_length: int = 512,
         append_eos: bool = True,
         cache: str | Path | None = None,
+        subspaces: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if len(prompts) != len(outputs):
             raise ValueError(f"expected as many outputs as prompts, got {len(prompts)} prompts, {len(outputs)} outputs")
@@ -203,6 +216,12 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
                 stacklevel=2,
             )
         self._layout = ItemLayout([representation.positions for representation in reft_model.representations])
+        self._subspaces: Tensor | None = None
+        if subspaces is not None:
+            dropped = set(self.dropped)
+            chosen = checked_subspaces(subspaces, len(prompts), reft_model)
+            self._subspaces = torch.tensor([one for index, one in enumerate(chosen) if index not in dropped])
+            self._count = len(reft_model.representations)
 
     def __len__(self) -> int:
         return len(self._table.prompt_lengths)
@@ -212,7 +231,10 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
             raise IndexError(f"index {index} out of range for {len(self)} examples")
         index %= len(self)
         input_ids, prompt_length = self._table.example(index)
-        return self._layout.item(input_ids, prompt_length)
+        item = self._layout.item(input_ids, prompt_length)
+        if self._subspaces is not None:
+            item["subspaces"] = self._subspaces[index].expand(self._count, -1)
+        return item
 
     @property
     def lengths(self) -> list[int]:
@@ -280,11 +302,19 @@ def make_supervised_data_module(
     max_length: int = 512,
     append_eos: bool = True,
     cache: str | Path | None = None,
+    subspaces: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for a Trainer: `train_dataset` (SupervisedDataset), `eval_dataset` (None) and
     `data_collator` (SupervisedCollator). Arguments and errors are those of SupervisedDataset."""
     dataset = SupervisedDataset(
-        tokenizer, reft_model, prompts, outputs, max_length=max_length, append_eos=append_eos, cache=cache
+        tokenizer,
+        reft_model,
+        prompts,
+        outputs,
+        max_length=max_length,
+        append_eos=append_eos,
+        cache=cache,
+        subspaces=subspaces,
     )
     return {
         "train_dataset": dataset,
