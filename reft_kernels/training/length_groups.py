@@ -19,7 +19,7 @@ class LengthGroups(Sampler[int]):
 
     Args:
         lengths: of all examples, in tokens.
-        batch_size: examples that should have one length: those of all accumulated batches.
+        batch_size: how many examples should have one length: those of an optimiser step.
         seed: of the order.
     """
 

@@ -131,7 +131,9 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         if lengths is None or not groups_by_length(self.args):
             return super()._get_train_sampler(*([] if train_dataset is None else [train_dataset]))
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroups(lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, seed)
+        # Processes wait for each other, and accumulated batches make one step.
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroups(lengths, together, seed)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer.training_step; LogValues callbacks see the batch."""
