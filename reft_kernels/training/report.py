@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reft_kernels.folders import replace_files
+from reft_kernels.training.logs import is_number, metrics_of
 
 PICTURE_FILE = "report.png"
 PAGE_FILE = "report.html"
 _LOG_FILE = "train_log.json"
 _STATE_FILE = "trainer_state.json"
 
-# Values of the logs that are no metric of the model.
-_SPEED = ("_runtime", "_per_second", "_preparation_time", "_steps_per_second")
 _COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#4a5568")
 # More points than this of a curve to be smoothed are drawn faintly, with their running mean over them.
 _MANY = 60
@@ -149,19 +148,20 @@ def panels_of(history: Sequence[Mapping[str, Any]]) -> list[Panel]:
 
     def curve(name: str, label: str, scale: float = 1.0) -> list[Curve]:
         # Of a step that was logged twice (a run went on from an earlier checkpoint) the last value counts.
-        points = {_step(entry): float(entry[name]) * scale for entry in history if _is_number(entry.get(name))}
+        points = {_step(entry): float(entry[name]) * scale for entry in history if is_number(entry.get(name))}
         steps = sorted(points)
         return [Curve(label, steps, [points[step] for step in steps])] if points else []
 
-    metrics = sorted({name for entry in history for name in entry if _is_metric(name)})
-    shares = {name for name in metrics if all(-1 <= entry.get(name, 0) <= 1 for entry in history)}
+    def metric(name: str) -> list[Curve]:
+        return curve(f"eval_{name}", _words(name))
+
+    metrics = sorted({name for entry in history for name in metrics_of(entry)} - {"loss"})
+    shares = {name for name in metrics if all(-1 <= entry.get(f"eval_{name}", 0) <= 1 for entry in history)}
     panels = [
         Panel("Loss", "loss", [*curve("loss", "training"), *curve("eval_loss", "held out")], smooth=True),
-        Panel(
-            "Metrics on held-out data", "", [c for name in metrics if name in shares for c in curve(name, _words(name))]
-        ),
+        Panel("Metrics on held-out data", "", [c for name in metrics if name in shares for c in metric(name)]),
         *(
-            Panel(f"{_words(name).capitalize()} on held-out data", "", curve(name, _words(name)))
+            Panel(f"{_words(name).capitalize()} on held-out data", "", metric(name))
             for name in metrics
             if name not in shares
         ),
@@ -176,18 +176,6 @@ def panels_of(history: Sequence[Mapping[str, Any]]) -> list[Panel]:
         Panel("Model FLOP utilisation", "% of peak", curve("mfu", "MFU", 100), from_zero=True),
     ]
     return [panel for panel in panels if panel.curves]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_metric(name: str) -> bool:
-    return name.startswith("eval_") and name != "eval_loss" and not name.endswith(_SPEED)
-
-
-def _words(name: str) -> str:
-    return name.removeprefix("eval_").replace("_", " ")
 
 
 def draw(run: Run) -> bytes | None:
@@ -294,10 +282,16 @@ def make_page(run: Run, picture: bytes | None) -> str:
 
 def last_values(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The last value of the loss and of every metric of evaluations."""
-    names = ["loss", "eval_loss", *sorted({name for entry in history for name in entry if _is_metric(name)})]
-    found = {name: [entry[name] for entry in history if _is_number(entry.get(name))] for name in names}
-    labels = {"loss": "training loss (last)", "eval_loss": "held-out loss"}
-    return {labels.get(name, _words(name)): float(values[-1]) for name, values in found.items() if values}
+    losses = [entry["loss"] for entry in history if is_number(entry.get("loss"))]
+    values = {"training loss (last)": float(losses[-1])} if losses else {}
+    for entry in history:
+        for name, value in metrics_of(entry).items():
+            values["held-out loss" if name == "loss" else _words(name)] = float(value)
+    return values
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _table(values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithPadding, Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import can_return_loss, find_labels
@@ -18,6 +19,7 @@ from reft_kernels.stiefel import StiefelParameter
 from reft_kernels.stiefel_adamw import StiefelAdamW
 from reft_kernels.training.checkpoints import last_complete_checkpoint, save_beside
 from reft_kernels.training.collators import LOCATIONS, SUBSPACES, ReftDataCollator
+from reft_kernels.training.length_groups import LengthGroups, groups_by_length
 from reft_kernels.training.log_values import LogValues
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
       biases and not to R, whose rows stay orthonormal. (In pyreft weight decay reaches no parameter at all.)
     - Where R itself is a parameter (`orthogonality="polar"`), AdamW is `StiefelAdamW`, which keeps its rows
       orthonormal.
+    - Batches of examples of one length (`length_grouping()` as arguments) are made from the data set's `lengths`, where
+      it has them, without going through it; their order follows from seed and epoch, also after resuming.
     - Values of callbacks that are LogValues (Throughput, Orthonormality) are part of every training log.
     - Several visible GPUs without a distributed launcher are not split with DataParallel; the first is used.
 
@@ -82,6 +86,8 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
             data_collator = self._default_collator(tokenizer)
         if args is not None and args.n_gpu > 1:
             args._n_gpu = 1
+        if args is not None and isinstance(kwargs.get("train_dataset"), IterableDataset):
+            _read_in_every_process(args)
         self.pyreft_compat = pyreft_compat
         self._base = inner_model(model.model)
         self._base_inputs = tuple(inspect.signature(self._base.forward).parameters)
@@ -117,6 +123,17 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         if "use_cache" in self._base_inputs:
             inputs.setdefault("use_cache", False)
         return inputs
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As Trainer's; batches of one length are made from the lengths that the data set knows."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = getattr(dataset, "lengths", None)
+        if lengths is None or not groups_by_length(self.args):
+            return super()._get_train_sampler(*([] if train_dataset is None else [train_dataset]))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # Processes wait for each other, and accumulated batches make one step.
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroups(lengths, together, seed)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer.training_step; LogValues callbacks see the batch."""
@@ -231,6 +248,13 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         self.model.load_adapter(folder)
         if (Path(folder) / BASE_FILE).is_file():
             load_base_tensors(folder, self.model.model)
+
+
+def _read_in_every_process(args: Any) -> None:
+    """accelerate would read a stream in one process and join the batches of all, which have different lengths."""
+    config: Any = args.accelerator_config
+    if config.dispatch_batches is None:
+        config.dispatch_batches = False
 
 
 def _is_matrix(model: nn.Module, name: str) -> bool:
