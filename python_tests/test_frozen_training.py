@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 import torch.distributed as dist
 from test_training_trainer import arguments, make_data, state
 from torch import Tensor
-from training_support import make_llama
+from training_support import make_llama, make_tokenizer, rows, save_model, write_rows
 from transformers import set_seed
 from two_processes import WORLD, in_processes
 
+import reft_kernels as pyreft
 from reft_kernels.config import ReftConfig
 from reft_kernels.model import ReftModel, get_reft_model
 from reft_kernels.training import FrozenCache, ReftTrainerForCausalLM
@@ -121,6 +123,22 @@ def test_curves_of_other_configs(tmp_path: Path, config: dict[str, Any]) -> None
     assert sum(plain.seen[-EPOCHS:]) < sum(plain.seen[:EPOCHS])
 
 
+def test_pyrefts_data_modules(tmp_path: Path) -> None:
+    made = rows(EXAMPLES)
+    prompts, outputs = [f"{row['instruction']}\n" for row in made], [row["output"] for row in made]
+    trainers = []
+    for cache in (None, {}):
+        model = make_model(positions="l1")
+        data = pyreft.make_last_position_supervised_data_module(
+            make_tokenizer(pad=True), model, prompts, outputs, num_interventions=2
+        )
+        trainers.append(make_trainer(tmp_path, cache, model=model, data=data))
+        trainers[-1].train()
+    plain, cached = trainers
+    assert_same_curve(cached, plain, 1e-5)
+    assert cached.frozen_cache.stats.misses == EXAMPLES
+
+
 def test_logits_are_of_the_columns_that_predict_a_target(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, {})
     shapes = []
@@ -192,13 +210,32 @@ def test_what_the_trainer_refuses(tmp_path: Path) -> None:
         ReftTrainerForCausalLM(model, arguments(tmp_path), frozen_cache=FrozenCache(other), **data)
     with pytest.raises(TypeError, match="frozen_cache must be a FrozenCache, got str"):
         ReftTrainerForCausalLM(model, arguments(tmp_path), frozen_cache="memory", **data)
-    for name in ("gradient_checkpointing", "torch_compile"):
+    for name, value in (("gradient_checkpointing", True), ("torch_compile", True), ("neftune_noise_alpha", 5.0)):
+        options = arguments(tmp_path, **{name: value})
         with pytest.raises(ValueError, match=f"does not work together with {name}"):
-            ReftTrainerForCausalLM(model, arguments(tmp_path, **{name: True}), frozen_cache=FrozenCache(model), **data)
+            ReftTrainerForCausalLM(model, options, frozen_cache=FrozenCache(model), **data)
     every = make_model(positions=None)
     trainer = make_trainer(tmp_path, {}, model=every)
     with pytest.raises(ValueError, match="needs intervention_locations"):
         trainer.train()
+
+
+def test_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra bench)")
+    from benchmarks import frozen_cache
+
+    model, data = save_model(tmp_path / "tiny"), write_rows(tmp_path / "rows.jsonl", rows(8))
+    out = tmp_path / "out" / "found.json"
+    options = ["--model", str(model), "--data", str(data), "--out", str(out), "--epochs", "3", "--positions", "l2"]
+    assert frozen_cache.main([*options, "--place", "disk", "--threads", "1", "--batch", "3"]) == 0
+    report = json.loads(out.read_text())
+    assert [len(report["sides"][name]["losses"]) for name in ("uncached", "cached")] == [9, 9]
+    assert report["largest_relative_difference_of_losses"] < 1e-5
+    assert (report["cache"]["misses"], report["cache"]["hits"]) == (8, 16)
+    peaks = [report["sides"][name]["peak_mib_of_a_step"] for name in ("uncached", "cached")]
+    assert 0 < peaks[1] < 0.7 * peaks[0]
+    assert out.with_suffix(".png").stat().st_size > 5000
+    assert "epoch 3 of 3" in capsys.readouterr().err
 
 
 def work(rank: int, folder: str, place: str) -> None:

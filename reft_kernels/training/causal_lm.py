@@ -38,8 +38,8 @@ class ReftTrainerForCausalLM(ReftTrainer):
             on, with the same loss. Logits, also those that `compute_loss_func` and `compute_metrics` see, are of these
             tokens, as the labels are.
 
-    Raises ValueError where `frozen_cache` is another model's, or together with gradient checkpointing, torch.compile or
-    a sharded base model.
+    Raises ValueError where `frozen_cache` is another model's, or together with gradient checkpointing, torch.compile,
+    NEFTune or a sharded base model.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class ReftTrainerForCausalLM(ReftTrainer):
         for name, is_on in (
             ("gradient_checkpointing", self.args.gradient_checkpointing),
             ("torch_compile", self.args.torch_compile),
+            ("neftune_noise_alpha", self.args.neftune_noise_alpha is not None),
             (sharded, sharded in _SHARDED),
         ):
             if is_on:

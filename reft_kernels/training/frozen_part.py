@@ -49,7 +49,7 @@ class FrozenPart:
 
     def checkpointed(self) -> bool:
         """Whether gradient checkpointing is on, under which transformers drops keys and values."""
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.body.modules())
+        return any(vars(module).get("gradient_checkpointing", False) for module in self.body.modules())
 
     def own_hooks(self) -> list[str]:
         """The modules of the body that have forward hooks of the caller's."""
