@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from reft_kernels.cli.common import add_model_arguments, at_least, template_text
-from reft_kernels.recipes.settings import OPTIONS, JobSettings, Option
+from reft_kernels.recipes.option import Option
+from reft_kernels.recipes.settings import OPTIONS, JobSettings
 
 SETTING_GROUPS = ("task", "data", "method", "training", "speed")
 

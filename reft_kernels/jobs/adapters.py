@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from reft_kernels.checkpoint import BASE_FILE
 from reft_kernels.config import ReftConfig, Representation, read_layers
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.red import RedIntervention
+from reft_kernels.jobs.subspace_loreft import SubspaceLoreftIntervention
 from reft_kernels.model import ReftModel, get_reft_model
 from reft_kernels.modules import block_list, hidden_size
 from reft_kernels.positions import parse_positions
@@ -19,7 +21,10 @@ from reft_kernels.recipes.settings import OPTIONS, PEFT_METHODS, JobSettings
 
 # The names under which transformers' classifiers keep what comes after the encoder or the decoder.
 HEADS = ("classifier", "score", "classification_head")
-OWN_CLASSES: dict[str, type[nn.Module]] = {"RedIntervention": RedIntervention}
+OWN_CLASSES: dict[str, type[nn.Module]] = {
+    "RedIntervention": RedIntervention,
+    "SubspaceLoreftIntervention": SubspaceLoreftIntervention,
+}
 
 
 def check_method(settings: JobSettings) -> None:
@@ -89,7 +94,7 @@ def _config(base: nn.Module, settings: JobSettings) -> ReftConfig:
                 for layer in numbers
             ]
         )
-    return ReftConfig(
+    config = ReftConfig(
         method=settings.method,
         layers=layers,
         rank=settings.rank,
@@ -101,6 +106,12 @@ def _config(base: nn.Module, settings: JobSettings) -> ReftConfig:
         act_fn=settings.act_fn,
         add_bias=settings.add_bias,
     )
+    if not settings.subspaces:
+        return config
+    if settings.method != "loreft":
+        raise ValueError(f"subspaces are of loreft, not of {settings.method}")
+    listed = config.expand(len(block_list(base)[1]))
+    return ReftConfig([replace(item, intervention_type=SubspaceLoreftIntervention) for item in listed])
 
 
 def _lora(base: nn.Module, settings: JobSettings, heads: list[str]) -> nn.Module:

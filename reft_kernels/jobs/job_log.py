@@ -58,7 +58,7 @@ def describe_run(
             "base": total,
         },
         "examples": {
-            "used": len(data["train_dataset"]),
+            "used": None if settings.streaming is not None else len(data["train_dataset"]),
             "left_out": len(getattr(data["train_dataset"], "dropped", ())),
             "held_out": 0 if data["eval_dataset"] is None else len(data["eval_dataset"]),
             "skipped": None if job.skipped is None else asdict(job.skipped),
@@ -95,6 +95,12 @@ def say_training(log: Mapping[str, Any], speed: Throughput, folder: Path, say: C
         say(f"loss     {losses[0]:.4f} -> {losses[-1]:.4f} in {log['steps']} steps")
     say(f"time     {log['seconds']:.1f} s, {log['ms_per_step']:.0f} ms/step")
     say(speed.summary())
+    if cache := log.get("frozen_cache"):
+        looked = cache["hits"] + cache["misses"]
+        say(
+            f"cache    {cache['hits']:,} of {looked:,} rows had been kept, {cache['bytes'] / 2**30:.2f} GiB; "
+            f"{100 * cache['saved_fraction']:.0f} % of tokens times blocks are constant"
+        )
     say(f"adapter  {log['adapter_bytes']:,} bytes in {folder}")
 
 
@@ -134,7 +140,8 @@ def say_header(
 ) -> None:
     """What will be trained and on what, a line each."""
     trained, total = log["parameters"]["trained"], log["parameters"]["base"]
-    used, left_out = log["examples"]["used"], log["examples"]["left_out"]
+    used = "streamed" if log["examples"]["used"] is None else f"{log['examples']['used']:,} examples"
+    left_out = log["examples"]["left_out"]
     dtype = str(base.dtype).removeprefix("torch.")
     say(f"model    {options.model} ({type(base).__name__}, {total:,} parameters, {dtype} on {base.device})")
     layers = sorted({item.layer for item in reft_model.representations if item.layer is not None})
@@ -147,7 +154,7 @@ def say_header(
     say(f"trained  {trained:,} of {total:,} parameters ({100 * trained / total:.3f} %)")
     left = f", {left_out:,} left out (no output within --max-length {settings.max_length})" if left_out else ""
     held = f", {log['examples']['held_out']:,} held out" if log["examples"]["held_out"] else ""
-    say(f"data     {', '.join(settings.data)}, {used:,} examples{held}{left}")
+    say(f"data     {', '.join(settings.data)}, {used}{held}{left}")
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -22,9 +22,11 @@ from reft_kernels.training.cloze import ClozeExample, as_cloze
 from reft_kernels.training.data import Example, SupervisedCollator, SupervisedDataset, pad_token_id, parse_row
 from reft_kernels.training.evaluate import evaluate_accuracy
 from reft_kernels.training.frozen_cache import FrozenCache
+from reft_kernels.training.memorisation import recite
 from reft_kernels.training.packing import PackedCollator
 from reft_kernels.training.prompts import PromptStyle, prompt_and_target, prompt_style
-from reft_kernels.training.sources import Row, SkippedRows
+from reft_kernels.training.sources import Row, SkippedRows, is_hub_name
+from reft_kernels.training.streaming import StreamedDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +63,9 @@ class LanguageJob:
     def read(self) -> None:
         """Read the rows to train on, those held out, and those to evaluate. Raises UserError naming source and row."""
         settings = self.settings
+        if settings.streaming is not None:
+            self.read_evaluated()
+            return
         parts = read_all(
             settings.data,
             lambda row: self._row(row, needs_output=True),
@@ -142,10 +147,40 @@ class LanguageJob:
             cache: a folder for token ids, see SupervisedDataset.
         """
         with user_errors("--data"):
-            train = self._dataset(self.train, tokenizer, reft_model, cache)
+            train: Any = (
+                self._dataset(self.train, tokenizer, reft_model, cache)
+                if self.settings.streaming is None
+                else self._stream(self.settings.streaming, tokenizer, reft_model)
+            )
             held_out = self._dataset(self.held_out, tokenizer, reft_model, cache) if self.held_out else None
         with user_errors("--pad-to"):
             return {"train_dataset": train, "eval_dataset": held_out, "data_collator": self._collator(tokenizer)}
+
+    def _stream(self, buffer: int, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel) -> StreamedDataset:
+        settings = self.settings
+
+        def texts(row: Row) -> tuple[str, str]:
+            one = self._row(row, needs_output=True)
+            prompt, target = prompt_and_target(
+                one.instruction, one.input, one.output, style=self.style, tokenizer=tokenizer
+            )
+            return prompt, target or ""
+
+        (source,) = settings.data
+        if not Path(source).expanduser().exists() and not is_hub_name(source):
+            raise UserError(f"--data {source}: no such file")
+        return StreamedDataset(
+            tokenizer,
+            reft_model,
+            source,
+            split=settings.split,
+            max_examples=settings.max_examples,
+            skipped=self.skipped,
+            texts=texts,
+            max_length=settings.max_length,
+            shuffle=buffer,
+            seed=settings.seed,
+        )
 
     def _collator(self, tokenizer: PreTrainedTokenizerBase) -> SupervisedCollator | PackedCollator:
         sizes = self.settings.pad_to
@@ -193,6 +228,11 @@ class LanguageJob:
             collate = SupervisedCollator(pad_token_id(tokenizer))
             loss = mean_loss(model, dataset, collate, settings.eval_batch_size, progress)
             return Scores({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, len(dataset))
+        if settings.evaluation == "recite":
+            found = [self._recite(model, tokenizer, one) for one in examples]
+            lengths, shares = [one["tokens"] for one in found], [one["share"] for one in found]
+            metrics = {"recited_share": sum(shares) / len(found), "recited_tokens": sum(lengths) / len(found)}
+            return Scores(metrics, len(found), found)
         if settings.evaluation == "rank":
             result = evaluate_choices(
                 model,
@@ -222,6 +262,15 @@ class LanguageJob:
                 {"accuracy": result.accuracy, "unanswered": result.unanswered / result.total}, len(said), said
             )
         raise UserError(f"--evaluation {settings.evaluation}: nothing to do")
+
+    def _recite(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, one: Example) -> dict[str, Any]:
+        prompt, target = prompt_and_target(
+            one.instruction, one.input, one.output, style=self.style, tokenizer=tokenizer
+        )
+        with user_errors("--eval-data"):
+            recital = recite(model, tokenizer, prompt, target or "")
+        said = tokenizer.decode(recital.said)
+        return {"prompt": prompt, "text": said, "gold": target, "tokens": recital.length, "share": recital.share}
 
     def generation(self) -> dict[str, Any]:
         """Keywords of `generate`."""

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from reft_kernels.jobs.trainer_arguments import RunOptions, training_arguments
 from reft_kernels.recipes.settings import JobSettings
 from reft_kernels.training.card import write_card
 from reft_kernels.training.orthonormality import Orthonormality
+from reft_kernels.training.progress import show_progress
 from reft_kernels.training.report import write_report
 from reft_kernels.training.throughput import Throughput
 
@@ -107,13 +109,18 @@ def run_job(
 
     history: list[dict[str, Any]] = []
     if any(parameter.requires_grad for parameter in reft_model.parameters()):
-        clock, speed = make_clock(), Throughput(show=False)
+        skips = "--cache-frozen skips most operations" if settings.cache_frozen != "none" else None
+        clock, speed = make_clock(), Throughput(show=False, without_mfu=skips)
         trainer = job.trainer(
             reft_model, arguments, callbacks=[clock, speed, Orthonormality(), *callbacks], **data,
             **job.trainer_options(tokenizer, reft_model, options),
         )  # fmt: skip
+        show_progress(trainer, bar=options.progress)
         _train(trainer, folder, checkpoint)
         history = trainer.state.log_history
+        cache = getattr(trainer, "frozen_cache", None)
+        if cache is not None:
+            log["frozen_cache"] = {**asdict(cache.stats), "saved_fraction": cache.stats.saved_fraction}
         log |= describe_training(trainer, clock, speed, folder)
         say_training(log, speed, folder, say)
     log["results"] = _evaluate(job, reft_model, tokenizer, options, say) if evaluate else {}

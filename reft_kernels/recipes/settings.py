@@ -6,12 +6,12 @@ Recipes, `--set key=value`, the options of the command line and the search all r
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from reft_kernels.interventions import METHODS
+from reft_kernels.recipes.option import Option
 from reft_kernels.reference import ACTIVATIONS
 from reft_kernels.stiefel import ORTHOGONALITIES
 
@@ -19,70 +19,6 @@ PEFT_METHODS = ("lora", "dora")
 ALL_METHODS = (*METHODS, "red", *PEFT_METHODS, "frozen")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 EVALUATIONS = ("generate", "rank", "loss", "recite", "none")
-
-
-@dataclass(frozen=True)
-class Option:
-    """How a setting is read: its type, its least value, its choices, and what `--help` says of it."""
-
-    kind: type
-    help: str
-    group: str
-    minimum: float | None = None
-    choices: tuple[str, ...] = ()
-    metavar: str = ""
-    many: bool = False
-    optional: bool = False
-
-    def check(self, name: str, value: Any) -> Any:
-        """The value in the setting's own type. Raises ValueError that names it."""
-        if value is None and self.optional:
-            return None
-        if self.many:
-            items = [value] if isinstance(value, (str, int, float)) else value
-            if not isinstance(items, (list, tuple)):
-                raise ValueError(f"{name} must be a list, got {value!r}")
-            return tuple(self._one(name, item) for item in items)
-        return self._one(name, value)
-
-    def _one(self, name: str, value: Any) -> Any:
-        whole = isinstance(value, float) and value.is_integer()
-        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        elif self.kind is int and whole:
-            value = int(value)
-        if not isinstance(value, self.kind) or (self.kind is not bool and isinstance(value, bool)):
-            raise ValueError(f"{name} must be {_WORDS[self.kind]}, got {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}")
-        if self.minimum is not None and isinstance(value, (int, float)) and value < self.minimum:
-            raise ValueError(f"{name} must be at least {self.minimum}, got {value}")
-        if self.choices and value not in self.choices:
-            raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
-        return value
-
-    def read(self, name: str, text: str) -> Any:
-        """The value that a text stands for: "none" for an optional one, items between commas for several."""
-        if self.optional and text.lower() == "none":
-            return None
-        if self.many:
-            one = replace(self, many=False)
-            return self.check(name, [one.read(name, item) for item in text.split(",") if item])
-        if self.kind is bool:
-            if text.lower() not in ("true", "false"):
-                raise ValueError(f"{name} must be true or false, got {text!r}")
-            return text.lower() == "true"
-        if self.kind is str:
-            return self.check(name, text.replace("\\n", "\n"))
-        try:
-            return self.check(name, self.kind(text))
-        except ValueError as error:
-            if str(error).startswith(name):
-                raise
-            raise ValueError(f"{name} must be {_WORDS[self.kind]}, got {text!r}") from None
-
-
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def _option(default: Any, kind: type, group: str, help: str, **more: Any) -> Any:
@@ -169,6 +105,16 @@ class JobSettings:
         'one for each of --data: the directions of the edit that its rows train, such as "0-3"',
         metavar="RANGE",
         many=True,
+    )
+    streaming: int | None = _option(
+        None,
+        int,
+        "data",
+        "read the rows while training, in an order drawn from a buffer of N of them, for what does not fit into "
+        "memory; needs --max-steps",
+        minimum=1,
+        metavar="N",
+        optional=True,
     )
     split: str = _option("train", str, "data", "split of a data set from the hub", metavar="NAME")
     max_examples: int | None = _option(None, int, "data", "use the first N rows", minimum=1, metavar="N", optional=True)
@@ -312,8 +258,24 @@ class JobSettings:
             raise ValueError(f"subspaces must be one for each of data ({len(self.data)}), got {len(self.subspaces)}")
         for text in self.subspaces:
             read_subspace(text)
+        if self.streaming is not None:
+            self._check_streaming()
         if (self.task == "classification") != (self.glue is not None):
             raise ValueError(f"glue must be named for a classification and for nothing else, got {self.glue!r}")
+
+    def _check_streaming(self) -> None:
+        if self.max_steps is None:
+            raise ValueError("streaming needs max_steps, as nobody knows where an epoch ends")
+        if len(self.data) != 1:
+            raise ValueError(f"streaming reads one source, got {len(self.data)} as data")
+        for name, harmless in (
+            ("held_out", "none"),
+            ("group_by_length", False),
+            ("subspaces", ()),
+            ("task", "language"),
+        ):
+            if getattr(self, name) != harmless:
+                raise ValueError(f"streaming does not go with {name} {getattr(self, name)!r}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> JobSettings:

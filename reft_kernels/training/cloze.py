@@ -45,4 +45,5 @@ def as_cloze(example: Example) -> ClozeExample:
     if answer.strip() not in names:
         raise ValueError(f"the answer {answer!r} is none of the options {', '.join(names)}")
     right = options[names.index(answer.strip())]
-    return ClozeExample(re.sub(r"\s+", " ", question).strip(), "", right, right, tuple(options))
+    question = re.sub(r"\s+", " ", question).strip()
+    return ClozeExample(question, output=right, answer=right, choices=tuple(options))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from reft_kernels.training.data import DEFAULT_TEMPLATE, ItemLayout, build_prompt, parse_row
+from reft_kernels.training.data import DEFAULT_TEMPLATE, build_prompt, parse_row
+from reft_kernels.training.item_layout import ItemLayout
 from reft_kernels.training.sources import Row, SkippedRows, parse_rows
 from reft_kernels.training.token_table import encode_pairs
 

@@ -40,13 +40,15 @@ class Throughput(LogValues):
     Args:
         peak_flops: the peak rate of one device in FLOP/s, instead of the known one.
         show: print `summary()` to standard output at the end.
+        without_mfu: a reason to leave `mfu` out.
     """
 
-    def __init__(self, *, peak_flops: float | None = None, show: bool = True) -> None:
+    def __init__(self, *, peak_flops: float | None = None, show: bool = True, without_mfu: str | None = None) -> None:
         if peak_flops is not None and peak_flops <= 0:
             raise ValueError(f"peak_flops must be positive, got {peak_flops}")
         self.show = show
-        self.without_mfu: str | None = None
+        self.without_mfu = without_mfu
+        self._unwanted = without_mfu
         self._given_peak = peak_flops
         self._peak = PeakRate(None, "")
         self._flops: ModelFlops | None = None
@@ -58,12 +60,12 @@ class Throughput(LogValues):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Finds the model's sizes and the device's peak rate."""
         self._window, self._total = _Counts(), _Counts()
-        self._peak, self._flops, self.without_mfu = PeakRate(None, ""), None, None
+        self._peak, self._flops, self.without_mfu = PeakRate(None, ""), None, self._unwanted
         try:
             self._flops = model_flops(model)
         except ValueError as error:
             self.without_mfu = str(error)
-        else:
+        if self.without_mfu is None:
             if self._given_peak is not None:
                 self._peak = PeakRate(self._given_peak, "the given peak")
             else:
