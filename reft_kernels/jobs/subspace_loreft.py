@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ class SubspaceLoreftIntervention(LoreftIntervention):
         mask = torch.zeros(len(named), weight.shape[1], dtype=weight.dtype, device=weight.device)
         mask = mask.scatter(1, named, 1.0).unsqueeze(1)
         h = base.to(weight.dtype)
-        f: Callable[[Tensor], Tensor] = self.act_fn
-        learned = f(self.learned_source(h))
-        edited: Tensor = self.dropout((h + mask * (learned - h @ weight) @ weight.T).to(base.dtype))
-        return edited
+        parts: Any = self
+        edited: Tensor = h + mask * (parts.act_fn(parts.learned_source(h)) - h @ weight) @ weight.T
+        dropped: Tensor = parts.dropout(edited.to(base.dtype))
+        return dropped
