@@ -195,6 +195,8 @@ class LanguageJob:
         tokenizer: PreTrainedTokenizerBase,
         reft_model: ReftModel,
         cache: Path | None = None,
+        *,
+        trained: bool = True,
     ) -> SupervisedDataset:
         pairs = [
             prompt_and_target(one.instruction, one.input, one.output, style=self.style, tokenizer=tokenizer)
@@ -207,7 +209,7 @@ class LanguageJob:
             [target or "" for _, target in pairs],
             max_length=self.settings.max_length,
             cache=cache,
-            subspaces=[self._subspace[id(one)] for one in examples] if self._subspace else None,
+            subspaces=[self._subspace[id(one)] for one in examples] if trained and self._subspace else None,
         )
 
     def evaluate(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, name: str, *, progress: bool) -> Scores:
@@ -224,7 +226,7 @@ class LanguageJob:
         settings = self.settings
         if settings.evaluation == "loss":
             with user_errors("--eval-data"):
-                dataset = self._dataset(examples, tokenizer, model)
+                dataset = self._dataset(examples, tokenizer, model, trained=False)
             collate = SupervisedCollator(pad_token_id(tokenizer))
             loss = mean_loss(model, dataset, collate, settings.eval_batch_size, progress)
             return Scores({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, len(dataset))

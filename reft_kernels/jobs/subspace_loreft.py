@@ -13,8 +13,12 @@ from reft_kernels.interventions import LoreftIntervention
 class SubspaceLoreftIntervention(LoreftIntervention):
     """y = h + Rᵀ m ∘ (f(W h + b) − R h), where m is 1 in the dimensions that an example names and 0 in the others.
 
-    Without subspaces all dimensions edit, as LoreftIntervention's do (in one fused edit).
+    Without subspaces all dimensions edit, as LoreftIntervention's do (in one fused edit). Arguments are
+    LoreftIntervention's.
     """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
 
     def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:
         """h [B, P, d] to the same; `subspaces` is one list of dimensions an example, [B, k], or None for all."""
