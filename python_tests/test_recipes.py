@@ -52,7 +52,7 @@ def test_a_recipe_names_what_there_is(name: str) -> None:
         ("glue/mrpc/direft/large", {"positions": "f1", "dropout": 0.1, "lr": 9e-4, "warmup": 0.0, "epochs": 50}),
         ("glue/mnli", {"positions": "f1", "eval_split": "validation_matched", "max_length": 256, "rank": 1}),
         # the authors' commands
-        ("commonsense", {"rank": 8, "positions": "f7+l7", "epochs": 6, "batch_size": 16, "accumulation": 2, "lr": 9e-4}),
+        ("commonsense", {"rank": 8, "positions": "f7+l7", "epochs": 6, "batch_size": 16, "accumulation": 2}),
         ("math", {"epochs": 12, "max_new_tokens": 512, "warmup": 0.1}),
         ("gsm8k/direft", {"rank": 4, "tied": False, "dropout": 0.05, "weight_decay": 0.06, "held_out": "last:300"}),
         ("instruct/ultrafeedback", {"layers": "3;9;18;24", "rank": 4, "positions": "f5+l5", "max_length": 768}),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -96,3 +97,19 @@ def save_model(folder: Path) -> Path:
     make_llama().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_encoder(folder: Path, **changes: Any) -> Path:
+    """A folder with a tiny RoBERTa, without a classifier's head, and a tokenizer that fits it."""
+    model = tiny_model("roberta", vocab_size=400, max_position_embeddings=300, **changes)
+    model.save_pretrained(folder)
+    make_encoder_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def sentences(count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Rows of a single-sentence task of GLUE, whose label is whether the first word is a warm colour."""
+    return [
+        {"sentence1": f"{COLOURS[k % 6]} box number {k}", "label": int(COLOURS[k % 6] in ("red", "brown", "white"))}
+        for k in range(first, first + count)
+    ]

@@ -1,0 +1,306 @@
+"""Jobs: rows in, trained and evaluated in every way, scores and log out; resumed, held out, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_support import rows, save_encoder, save_model, sentences, write_rows
+
+from reft_kernels.cli import main
+from reft_kernels.jobs.errors import UserError
+from reft_kernels.jobs.rows import hold_out_rows, source_names
+from reft_kernels.jobs.run import run_job
+from reft_kernels.jobs.trainer_arguments import RunOptions
+from reft_kernels.recipes import JobSettings
+from reft_kernels.training.splits import glue_split
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_encoder(tmp_path_factory.mktemp("roberta")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("rows")
+    numbers = [
+        {"instruction": f"what is {k} plus 1 ?", "output": f"it is {k + 1}\n#### {k + 1}", "answer": str(k + 1)}
+        for k in range(8)
+    ]
+    quiz = [
+        {
+            "instruction": "Please choose the correct answer to the question: which colour is the box?\n\n"
+            f"Answer1: red Answer2: {colour}\n\nAnswer format: answer1/answer2",
+            "output": "the correct answer is answer2",
+            "answer": "answer2",
+        }
+        for colour in ("green", "blue", "white", "black")
+    ]
+    made = {
+        "boxes": rows(24),
+        "more": rows(8, first=30),
+        "numbers": numbers,
+        "quiz": quiz,
+        "sentences": sentences(48),
+        "others": sentences(24, first=50),
+    }
+    for name, content in made.items():
+        (folder / name).mkdir()
+        write_rows(folder / name / "train.jsonl", content)
+    return {name: str(folder / name / "train.jsonl") for name in made}
+
+
+def settings_of(**values: Any) -> JobSettings:
+    usual = {"rank": 2, "positions": "f2+l2", "batch_size": 4, "lr": 0.02, "epochs": 1, "max_new_tokens": 6}
+    return JobSettings.of({**usual, **values})
+
+
+def run(settings: JobSettings, model: str, output: Path, **options: Any) -> tuple[dict[str, Any], list[str]]:
+    """The log, and what was said."""
+    said: list[str] = []
+    options = {"device": "cpu", "progress": False, "log_steps": 1, "save_steps": 0, "report": False, **options}
+    return run_job(settings, RunOptions(model, output, **options), say=said.append), said
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "metrics"),
+    [
+        ({}, "more", {"accuracy", "unanswered"}),
+        ({"evaluation": "loss"}, "more", {"loss", "perplexity"}),
+        ({"evaluation": "recite", "style": "memorise"}, "more", {"recited_share", "recited_tokens"}),
+        ({"evaluation": "rank"}, "quiz", {"accuracy"}),
+        ({"evaluation": "rank", "style": "cloze", "normalise": "byte"}, "quiz", {"accuracy"}),
+        ({"evaluation": "generate", "style": "gsm8k", "rule": "gsm8k"}, "numbers", {"accuracy", "unanswered"}),
+        ({"style": "math", "rule": "math", "num_beams": 2}, "numbers", {"accuracy", "unanswered"}),
+    ],
+)  # fmt: skip
+def test_evaluations_of_language(
+    language_model: str, data: dict[str, str], tmp_path: Path, values: dict[str, Any], name: str, metrics: set[str]
+) -> None:
+    settings = settings_of(data=[data[name]], eval_data=[data[name]], max_steps=2, **values)
+    log, said = run(settings, language_model, tmp_path / "run")
+    found = log["results"][name]
+    assert set(found) == metrics | {"rows", "seconds"}
+    count = len(Path(data[name]).read_text().splitlines())
+    assert found["rows"] == count
+    assert any(line.startswith(f"eval     {name}: ") for line in said)
+    kept = tmp_path / "run" / "predictions" / f"{name}.jsonl"
+    if values.get("evaluation") == "loss":
+        assert not kept.exists()
+        assert found["perplexity"] == pytest.approx(torch.tensor(found["loss"]).exp().item(), rel=1e-4)
+    else:
+        assert len(kept.read_text().splitlines()) == count
+
+
+def test_the_loss_is_that_of_the_trainer(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
+    """Rows of unlike lengths: a mean of means of batches would be another number."""
+    settings = settings_of(
+        data=[data["boxes"]], held_out="last:7", eval_data=[data["boxes"]], evaluation="loss", epochs=1
+    )
+    log, _ = run(settings, language_model, tmp_path / "run")
+    held_out = [entry["eval_loss"] for entry in log["held_out"] if "eval_loss" in entry]
+    last = write_rows(tmp_path / "last.jsonl", rows(24)[-7:])
+    assert main(["eval", "--adapter", str(tmp_path / "run"), "--data", str(last), "--no-progress",
+                 "--out", str(tmp_path / "said.jsonl")]) == 0  # fmt: skip
+    settings = settings.changed({"eval_data": [str(last)], "held_out": "none", "method": "frozen"})
+    frozen, _ = run(settings, language_model, tmp_path / "frozen")
+    assert log["examples"] == {"used": 17, "left_out": 0, "held_out": 7, "skipped": None}
+    assert held_out[-1] < frozen["results"]["last"]["loss"]
+
+
+@pytest.mark.parametrize("method", ["loreft", "nodireft", "red", "lora", "dora"])
+def test_methods_are_trained_saved_and_loaded(
+    language_model: str, data: dict[str, str], tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if method in ("lora", "dora"):
+        pytest.importorskip("peft")
+    settings = settings_of(
+        data=[data["boxes"]], eval_data=[data["more"]], evaluation="loss", max_steps=6, method=method, seed=3
+    )
+    log, _ = run(settings, language_model, tmp_path / "run")
+    assert log["parameters"]["trained"] > 0
+    assert len(log["history"]) == 6
+    frozen, _ = run(settings.changed({"method": "frozen"}), language_model, tmp_path / "frozen")
+    assert "history" not in frozen
+    assert frozen["parameters"]["trained"] == 0
+    assert frozen["results"]["more"]["loss"] > log["results"]["more"]["loss"]
+    capsys.readouterr()
+    assert main(["eval", "--adapter", str(tmp_path / "run"), "--data", data["more"], "--no-progress"]) == 0
+    assert f"loss {log['results']['more']['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_subspaces_are_trained_apart(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
+    values = {"data": [data["boxes"], data["more"]], "subspaces": ["0", "1"], "max_steps": 4, "style": "alpaca"}
+    both, _ = run(settings_of(**values), language_model, tmp_path / "both")
+    assert both["examples"]["used"] == 32
+    one = settings_of(**{**values, "data": [data["boxes"]], "subspaces": ["0"], "orthogonality": "none"})
+    run(one, language_model, tmp_path / "one")
+    run(one.changed({"lr": 0.0}), language_model, tmp_path / "start")
+    before, after = weights(tmp_path / "start"), weights(tmp_path / "one")
+    name = next(name for name in after if name.endswith("learned_source.weight"))
+    assert not torch.equal(before[name][0], after[name][0])
+    assert torch.equal(before[name][1], after[name][1])
+
+
+@pytest.mark.parametrize(("task", "metric"), [("sst2", "accuracy"), ("cola", "matthews_correlation")])
+def test_a_classification_keeps_its_best_epoch(
+    encoder: str, data: dict[str, str], tmp_path: Path, task: str, metric: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_of(
+        task="classification", glue=task, data=[data["sentences"]], eval_data=[data["others"]], held_out="glue",
+        best_epoch=True, epochs=4, positions="f3", max_length=32,
+    )  # fmt: skip
+    log, _ = run(settings, encoder, tmp_path / "run")
+    scores = [entry[f"eval_{metric}"] for entry in log["held_out"] if f"eval_{metric}" in entry]
+    assert len(scores) == 4
+    assert log["results"]["others"]["rows"] == 12
+    assert log["parameters"]["head"] > 0
+    kept = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "others.jsonl").read_text().splitlines()]
+    golds = [sentences(24, first=50)[k]["label"] for k in glue_split(24, 42).kept]
+    assert [row["gold"] for row in kept] == golds
+    if metric == "accuracy":
+        assert log["results"]["others"]["accuracy"] == sum(row["answer"] == row["gold"] for row in kept) / 12
+    capsys.readouterr()
+    held = write_rows(tmp_path / "held.jsonl", [sentences(24, first=50)[k] for k in glue_split(24, 42).held_out])
+    assert main(["eval", "--adapter", str(tmp_path / "run"), "--data", str(held), "--no-progress"]) == 0
+    assert f"{metric} {max(scores):.4f}" in capsys.readouterr().out
+
+
+def test_resuming_gives_the_run_that_was_not_stopped(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
+    settings = settings_of(
+        data=[data["boxes"]], eval_data=[data["more"]], evaluation="loss", max_steps=6, dropout=0.1,
+        cache_frozen="none", held_out="count:4",
+    )  # fmt: skip
+    whole, _ = run(settings, language_model, tmp_path / "whole", save_steps=2, keep_checkpoints=9)
+    run(settings, language_model, tmp_path / "cut", save_steps=2, keep_checkpoints=9)
+    for name in ("adapter.safetensors", "reft_config.json", "checkpoint-6/trainer_state.json"):
+        (tmp_path / "cut" / name).unlink()
+    cut, said = run(settings, language_model, tmp_path / "cut", save_steps=2, keep_checkpoints=9, resume=True)
+    assert f"resume   from {tmp_path / 'cut' / 'checkpoint-4'}" in said
+    assert [entry["loss"] for entry in cut["history"]] == [entry["loss"] for entry in whole["history"]]
+    assert cut["results"]["more"]["loss"] == whole["results"]["more"]["loss"]
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "speed",
+    [
+        {"cache_frozen": "memory"},
+        {"cache_frozen": "disk"},
+        {"packing": 120},
+        {"pad_to": [16, 24, 48]},
+        {"gradient_checkpointing": True},
+    ],
+    ids=lambda speed: "-".join(map(str, speed.values())),
+)
+def test_what_makes_it_faster_changes_no_loss(
+    language_model: str, data: dict[str, str], tmp_path: Path, speed: dict[str, Any]
+) -> None:
+    settings = settings_of(
+        data=[data["boxes"]], eval_data=[data["more"]], evaluation="loss", epochs=2, positions="l3", held_out="count:4"
+    )
+    plain, _ = run(settings, language_model, tmp_path / "plain")
+    fast, said = run(settings.changed(speed), language_model, tmp_path / "fast")
+    wanted, found = ([entry["loss"] for entry in log["history"]] for log in (plain, fast))
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert fast["results"]["more"]["loss"] == pytest.approx(plain["results"]["more"]["loss"], rel=1e-4)
+    if "cache_frozen" in speed:
+        assert fast["frozen_cache"]["hits"] >= 20
+        assert fast["frozen_cache"]["saved_fraction"] > 0.3
+        assert "mfu" not in fast
+        assert any(line.startswith("cache ") for line in said)
+        assert (tmp_path / "fast" / "cache").is_dir() == (speed["cache_frozen"] == "disk")
+
+
+def test_streamed_rows(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
+    settings = settings_of(data=[data["boxes"]], streaming=8, max_steps=9, eval_data=[data["more"]], evaluation="loss")
+    log, said = run(settings, language_model, tmp_path / "run")
+    assert log["steps"] == 9
+    assert log["examples"]["used"] is None
+    assert any(line.endswith("streamed") for line in said)
+
+
+def test_bad_rows_are_skipped_where_that_is_asked_for(language_model: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(6)) + '{"instruction": 3}\nnot json\n')
+    settings = settings_of(data=[str(path)], max_steps=1)
+    with pytest.raises(UserError, match=r"--data: .*rows\.jsonl, line 7: field 'instruction' must be text"):
+        run(settings, language_model, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    log, _ = run(settings.changed({"skip_bad_rows": True}), language_model, tmp_path / "run")
+    assert log["examples"]["used"] == 6
+    assert log["examples"]["skipped"]["count"] == 2
+    assert "line 7" in log["examples"]["skipped"]["reasons"][0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "--data: no data is named"),
+        ({"data": ["nowhere.jsonl"]}, "--data nowhere.jsonl: no such file"),
+        ({"data": ["boxes"], "eval_data": ["nowhere.json"]}, "--eval-data nowhere.json: no such file"),
+        ({"data": ["boxes"], "style": "poem"}, "--style: style must be one of"),
+        ({"data": ["boxes"], "rule": "guess"}, "--rule: rule must be one of"),
+        ({"data": ["boxes"], "held_out": "half"}, "--held-out: expected"),
+        ({"data": ["boxes"], "held_out": "last:24"}, "--held-out: last:24 of 24 rows leaves none on one side"),
+        ({"data": ["boxes"], "best_epoch": True}, "--best-epoch: there are no held-out rows"),
+        ({"data": ["boxes"], "cache_frozen": "memory", "positions": "all"}, "--cache-frozen: "),
+        ({"data": ["boxes"], "style": "cloze"}, r"--data: .*line 1: expected 'Answer format: A/B'"),
+        ({"data": ["boxes"], "subspaces": ["0-5"]}, "--data: .*subspaces"),
+        ({"data": ["boxes"], "subspaces": ["0"], "method": "direft"}, "subspaces are of loreft, not of direft"),
+        ({"data": ["boxes"], "pad_to": [4]}, "pad_to"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    language_model: str, data: dict[str, str], tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    named = {name: [data.get(one, one) for one in value] if "data" in name else value for name, value in values.items()}
+    if "pad_to" in values:
+        named["pad_to"] = (4, 5)
+    with pytest.raises((UserError, ValueError), match=message):
+        run(settings_of(**named), language_model, tmp_path / "run")
+
+
+def test_labels_out_of_range_are_named(encoder: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [*sentences(3), {"sentence1": "a", "label": 7}])
+    settings = settings_of(task="classification", glue="sst2", data=[str(path)], positions="f1")
+    with pytest.raises(UserError, match="--data: sst2, row 3: label must be from 0 to 1, got 7"):
+        run(settings, encoder, tmp_path / "run")
+    with pytest.raises(UserError, match="--packing: is for language models"):
+        run(settings.changed({"packing": 64}), encoder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_rows() -> None:
+    numbers = list(range(20))
+    assert hold_out_rows(numbers, "none", 1) == (numbers, [])
+    assert hold_out_rows(numbers, "last:5", 1) == (numbers[:15], numbers[15:])
+    for how, count in (("count:4", 4), ("share:0.25", 5)):
+        kept, held = hold_out_rows(numbers, how, 1)
+        assert sorted(kept + held) == numbers
+        assert kept == sorted(kept)
+        assert len(held) == count
+        assert hold_out_rows(numbers, how, 1) == (kept, held) != hold_out_rows(numbers, how, 2)
+
+
+def test_names_of_sources(tmp_path: Path) -> None:
+    (tmp_path / "boolq").mkdir()
+    path = tmp_path / "boolq" / "test.jsonl.gz"
+    path.touch()
+    assert source_names([str(path), "nyu-mll/glue:cola", "openai/gsm8k"]) == ["boolq", "cola", "gsm8k"]
+    assert source_names([str(path), str(path)]) == [str(path), str(path)]
