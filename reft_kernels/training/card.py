@@ -11,7 +11,7 @@ import reft_kernels
 from reft_kernels.folders import replace_files
 from reft_kernels.model import ReftModel
 from reft_kernels.modules import inner_model
-from reft_kernels.training.report import flat
+from reft_kernels.training.report_page import flat
 
 CARD_FILE = "README.md"
 MARK = "<!-- written by reft_kernels: it is written anew as long as this line is there -->"
