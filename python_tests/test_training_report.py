@@ -18,7 +18,9 @@ from reft_kernels import ReftConfig, ReftModel, get_reft_model
 from reft_kernels.training import ReftTrainerForCausalLM, make_supervised_data_module
 from reft_kernels.training.card import MARK, write_card
 from reft_kernels.training.orthonormality import Orthonormality, orthonormality_error
-from reft_kernels.training.report import Run, draw, last_values, panels_of, read_run, write_report
+from reft_kernels.training.report import read_run, write_report
+from reft_kernels.training.report_page import last_values, text_of
+from reft_kernels.training.report_picture import draw, panels_of
 
 
 def edited(model: Any, **options: Any) -> ReftModel:
@@ -92,15 +94,15 @@ def test_panels_are_of_what_the_history_has() -> None:
 def test_the_picture_shows_every_panel() -> None:
     pytest.importorskip("matplotlib")
     for steps in (1, 200):
-        picture = draw(Run("a run", history(steps)))
+        picture = draw(history(steps))
         assert picture is not None
         assert picture.startswith(b"\x89PNG")
     flat = [{"loss": 0.0, "orthonormality_error": 0.0, "step_ms": 0.0, "step": step} for step in (1, 2)]
-    assert draw(Run("zeros", flat))
+    assert draw(flat)
     lost = [{"loss": math.nan, "step": 1}, {"loss": math.inf, "step": 2}]
-    assert draw(Run("diverged", lost))
+    assert draw(lost)
     with pytest.raises(ValueError, match="no values over steps"):
-        draw(Run("empty", [{"step": 3}]))
+        draw([{"step": 3}])
 
 
 class Page(HTMLParser):
@@ -119,6 +121,13 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def test_values_are_readable() -> None:
+    values = (None, True, 8, 134515008, 36771.2, 0.00012345, 0.5, [1, "ü"], "text", math.nan, math.inf)
+    assert [text_of(value) for value in values] == [
+        "–", "yes", "8", "134,515,008", "36,771", "0.0001234", "0.5", '[1, "ü"]', "text", "nan", "inf",
+    ]  # fmt: skip
 
 
 def test_the_page_is_one_file_with_escaped_text(tmp_path: Path) -> None:
@@ -185,7 +194,7 @@ def test_the_card_says_what_the_adapter_is(tmp_path: Path) -> None:
     }  # fmt: skip
     trained = sum(p.numel() for p in reft_model.parameters() if p.requires_grad)
     for text in (
-        "| recipe | commonsense |", "| rank | 3 |", "| layers | 0, 1, 2 |", "| accuracy | 0.71 |", "| lr | 0.0009 |",
+        "| recipe | commonsense |", "| rank | 3 |", "| layers | 0-2 |", "| accuracy | 0.71 |", "| lr | 0.0009 |",
         "| template | %s⏎ |", "LlamaForCausalLM.from_pretrained('owner/tiny-llama')", f"{trained:,} of",
         "| examples | 1200 |", "| reft\\_kernels |",
     ):  # fmt: skip

@@ -85,6 +85,14 @@ def test_models_whose_operations_do_not_follow_from_their_weights_say_why() -> N
     model.model.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match="encoder-decoders"):
         model_flops(model)
+    model.model.config.is_encoder_decoder = False
+    model.model.config.__dict__["num_attention_heads"] = [2, 4, 2]  # as some configs have it
+    with pytest.raises(ValueError, match="different numbers of heads"):
+        model_flops(model)
+    for parameter in model.model.parameters():
+        parameter.data = parameter.data.flatten()
+    with pytest.raises(ValueError, match="spread over processes"):
+        model_flops(model)
 
 
 def test_peak_rates_by_name() -> None:

@@ -11,7 +11,7 @@ import reft_kernels
 from reft_kernels.folders import replace_files
 from reft_kernels.model import ReftModel
 from reft_kernels.modules import inner_model
-from reft_kernels.training.report import flat
+from reft_kernels.training.report_page import flat
 
 CARD_FILE = "README.md"
 MARK = "<!-- written by reft_kernels: it is written anew as long as this line is there -->"
@@ -101,11 +101,22 @@ def _adapter(reft_model: ReftModel, kinds: Sequence[str]) -> dict[str, Any]:
     layers = sorted({item.layer for item in items if item.layer is not None})
     return {
         "interventions": f"{len(items)} ({', '.join(kinds) or 'none'})",
-        **({"layers": ", ".join(map(str, layers))} if layers else {}),
+        **({"layers": ranges(layers)} if layers else {}),
         "component": ", ".join(sorted({item.component for item in items})),
         "rank": ", ".join(sorted({str(item.low_rank_dimension) for item in items})),
         "positions": ", ".join(sorted({item.positions or "all" for item in items})),
     }
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words: [0, 1, 2, 5] is "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _versions() -> dict[str, str]:

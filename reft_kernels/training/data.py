@@ -1,4 +1,4 @@
-"""Supervised data: rows of a JSONL file, token ids with a masked prompt, and the positions to edit.
+"""Supervised data: rows with a prompt and an output, token ids with a masked prompt, and the positions to edit.
 
 One example is a prompt and the output to learn. The loss is on the output alone (paper, eq. 4) and the edit
 positions are those of the prompt: the first `f` and the last `l` of its tokens for `"f{f}+l{l}"` (paper,

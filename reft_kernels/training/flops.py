@@ -68,7 +68,7 @@ def model_flops(reft_model: ReftModel) -> ModelFlops:
     """The sizes of a model. Where an edit lies inside a layer the whole layer counts as above it.
 
     Raises ValueError, saying why, where the operations do not follow from the weights: encoder-decoders, mixtures of
-    experts, packed weights of a quantised model, layers that cannot be told.
+    experts, packed weights of a quantised model, weights that are spread over processes, layers that cannot be told.
     """
     model, config = reft_model.model, text_config(reft_model.model)
     if getattr(config, "is_encoder_decoder", False):
@@ -89,7 +89,11 @@ def model_flops(reft_model: ReftModel) -> ModelFlops:
         # Outside of the blocks only what follows them is in matrix products: embeddings are looked up.
         above += weight.numel() if layer is None or layer >= first else 0
         trained += weight.numel() if weight.requires_grad else 0
+    if not weights:
+        raise ValueError("weights that are spread over processes are not counted")
     heads = getattr(config, "num_attention_heads", None) or 0
+    if not isinstance(heads, int):
+        raise ValueError("layers with different numbers of heads are not counted")
     width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     can_generate = getattr(inner_model(model), "can_generate", None)
     return ModelFlops(

@@ -22,3 +22,14 @@ def metrics_of(logs: Mapping[str, Any]) -> dict[str, float]:
 def is_number(value: object) -> bool:
     """Whether a logged value is one."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def step_of(entry: Mapping[str, Any]) -> int:
+    """The optimiser step of a log, 0 where it has none."""
+    step = entry.get("step", 0)
+    return step if isinstance(step, int) else 0
+
+
+def words(name: str) -> str:
+    """A name as people write it."""
+    return name.replace("_", " ")
