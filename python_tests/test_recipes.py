@@ -12,6 +12,7 @@ from reft_kernels.cli import main
 from reft_kernels.positions import parse_positions
 from reft_kernels.recipes import OPTIONS, JobSettings, find_recipe, list_recipes, read_assignment, read_recipes
 from reft_kernels.training.answers import answer_rule
+from reft_kernels.training.decoding import decoding_settings
 from reft_kernels.training.glue import glue_task
 from reft_kernels.training.prompts import prompt_style
 
@@ -179,3 +180,11 @@ def test_the_command_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None
     assert JobSettings.of(shown["settings"]) == find_recipe("glue/cola").settings
     assert main(["recipes", "gleu/cola"]) == 2
     assert "recipe: unknown recipe 'gleu/cola'; near: glue/cola" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["commonsense", "math", "gsm8k"])
+def test_recipes_decode_as_the_library_does(name: str) -> None:
+    decoding = decoding_settings(name)
+    settings = find_recipe(name).settings
+    assert settings.max_new_tokens == decoding["max_new_tokens"]
+    assert (settings.temperature == 0.0) == (not decoding["do_sample"])
