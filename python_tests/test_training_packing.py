@@ -80,6 +80,13 @@ def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(
         assert_same(reft_model, [padded], PackedCollator(row_length=row_length, pad_to=4)(features))
 
 
+def test_no_example_predicts_the_first_token_of_the_next() -> None:
+    reft_model = edited("llama", "all")
+    torch.manual_seed(2)
+    features = [{**item, "labels": item["input_ids"]} for item in items(["all"] * 3, LENGTHS)]
+    assert_same(reft_model, [SupervisedCollator()(features)], PackedCollator(row_length=12)(features))
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_windows_of_attention_stay_within_an_example(attention: str) -> None:
     reft_model = edited("mistral", "f1+l1", attn_implementation=attention, sliding_window=3)
