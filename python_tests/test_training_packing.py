@@ -81,6 +81,13 @@ def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(
         assert_same(reft_model, [padded], PackedCollator(row_length=row_length, pad_to=4)(features))
 
 
+def test_no_example_predicts_the_first_token_of_the_next() -> None:
+    reft_model = edited("llama", "all")
+    torch.manual_seed(2)
+    features = [{**item, "labels": item["input_ids"]} for item in items(["all"] * 3, LENGTHS)]
+    assert_same(reft_model, [SupervisedCollator()(features)], PackedCollator(row_length=12)(features))
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_windows_of_attention_stay_within_an_example(attention: str) -> None:
     reft_model = edited("mistral", "f1+l1", attn_implementation=attention, sliding_window=3)
@@ -247,3 +254,34 @@ def test_the_trainer_refuses_models_that_cannot_pack(tmp_path: Path, monkeypatch
         ReftTrainerForCausalLM(
             model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True), data_collator=PackedCollator()
         )
+
+
+@pytest.mark.slow
+def test_few_shapes_are_few_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [{**row, "output": row["output"] + " box" * (k * 3 % 13)} for k, row in enumerate(rows(64))]
+    for name, value in (("automatic_dynamic_shapes", False), ("recompile_limit", 64)):
+        monkeypatch.setattr(torch._dynamo.config, name, value)
+    found = []
+    for pad_to in (None, 16):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = get_reft_model(make_llama(), ReftConfig(method="loreft", layers="all", rank=2, positions="f2+l2"))
+        data = make_supervised_data_module(
+            make_tokenizer(), model, [row["instruction"] for row in made], [row["output"] for row in made]
+        )
+        graphs: list[Any] = []
+        model.model.forward = torch.compile(
+            model.model.forward, backend=lambda graph, _, graphs=graphs: graphs.append(graph) or graph
+        )
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=12, per_device_train_batch_size=4, logging_steps=4, report_to="none", use_cpu=True,
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = ReftTrainerForCausalLM(
+            model, arguments, SupervisedCollator(0, pad_to), train_dataset=data["train_dataset"]
+        )
+        trainer.train()
+        found.append((len(graphs), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+    (many, losses), (few, same) = found
+    assert few <= 4 < 8 <= many
+    assert same == pytest.approx(losses, rel=1e-5)

@@ -26,10 +26,10 @@ def orthonormality_error(reft_model: ReftModel) -> Tensor | None:
     worst: list[Tensor] = []
     with shared_rows(orthonormal_parts(modules)):
         for module in modules:
-            layer = getattr(module, "rotate_layer", None)
-            if layer is None:
+            weight = getattr(getattr(module, "rotate_layer", None), "weight", None)
+            if not isinstance(weight, Tensor) or weight.dim() != 2:
                 continue
-            R = layer.weight.detach().T  # [r, d]
+            R = weight.detach().T  # [r, d]
             wide = R if R.device.type == "mps" else R.double()
             eye = torch.eye(wide.shape[0], dtype=wide.dtype, device=wide.device)
             worst.append((wide @ wide.T - eye).abs().max())
