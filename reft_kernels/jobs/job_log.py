@@ -12,6 +12,7 @@ from reft_kernels.jobs.run_folder import adapter_bytes
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings
+from reft_kernels.training.card import ranges
 from reft_kernels.training.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -148,24 +149,13 @@ def say_header(
     if layers:
         tied = ("" if "+" not in settings.positions else ", tied") if settings.tied else ", untied"
         say(f"method   {settings.method}, rank {settings.rank}, positions {settings.positions}{tied}")
-        say(f"layers   {_ranges(layers)} ({settings.component})")
+        say(f"layers   {ranges(layers)} ({settings.component})")
     else:
         say(f"method   {settings.method}" + (f", rank {settings.rank}" if trained else ""))
     say(f"trained  {trained:,} of {total:,} parameters ({100 * trained / total:.3f} %)")
     left = f", {left_out:,} left out (no output within --max-length {settings.max_length})" if left_out else ""
     held = f", {log['examples']['held_out']:,} held out" if log["examples"]["held_out"] else ""
     say(f"data     {', '.join(settings.data)}, {used}{held}{left}")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers in words: [0, 1, 2, 5] is "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def say_differences(before: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]) -> None:

@@ -13,6 +13,7 @@ from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.forward_passes import mean_loss
 from reft_kernels.jobs.held_out import ScoringTrainer
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
+from reft_kernels.jobs.run_folder import CACHE
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings, read_subspace
@@ -127,7 +128,7 @@ class LanguageJob:
         if self._answers and self.held_out:
             more["score"] = lambda model: self.evaluate_held_out(model, tokenizer).metrics
         if settings.cache_frozen != "none":
-            folder = (options.cache_folder or options.output / "cache") if settings.cache_frozen == "disk" else None
+            folder = (options.cache_folder or options.output / CACHE) if settings.cache_frozen == "disk" else None
             with user_errors("--cache-frozen"):
                 budget = int(settings.cache_gib * 2**30)
                 more["frozen_cache"] = FrozenCache(reft_model, settings.cache_frozen, budget=budget, folder=folder)

@@ -160,7 +160,8 @@ def _evaluate(
 
 
 def _write_pages(folder: Path, log: dict[str, Any], reft_model: ReftModel, history: list[dict[str, Any]]) -> None:
-    settings, recipe = log["settings"], log["recipe"]
+    recipe = log["recipe"]
+    settings = {**log["settings"], **{name: _public(log["settings"][name]) for name in ("data", "eval_data", "model")}}
     metrics = {f"{name}: {metric}": value for name, found in log["results"].items() for metric, value in found.items()}
     kept = ("base_class", "parameters", "examples", "device", "versions", "seconds", "ms_per_step")
     facts = {name: log[name] for name in kept if name in log}
@@ -168,14 +169,20 @@ def _write_pages(folder: Path, log: dict[str, Any], reft_model: ReftModel, histo
     write_card(
         folder,
         reft_model,
-        base_model=settings["model"],
+        base_model=log["settings"]["model"],
         title=recipe,
         recipe=recipe,
-        data={"train": ", ".join(settings["data"]), **log["examples"]},
+        data={"train": settings["data"], **log["examples"]},
         settings=settings,
         metrics=metrics,
         versions=log["versions"],
     )
+
+
+def _public(sources: str | Sequence[str]) -> str:
+    """Names that may be published with an adapter: of a file here, the last two parts of its path."""
+    names = [sources] if isinstance(sources, str) else sources
+    return ", ".join("/".join(Path(name).parts[-2:]) if Path(name).expanduser().exists() else name for name in names)
 
 
 def _check_same_adapter(reft_model: ReftModel, folder: Path) -> None:

@@ -14,7 +14,7 @@ from reft_kernels.checkpoint import ADAPTER_FILE, BASE_FILE, CONFIG_FILE
 from reft_kernels.jobs.errors import UserError, user_errors
 
 LOG_FILE = "train_log.json"
-PREDICTIONS = "predictions"
+PREDICTIONS, CACHE = "predictions", "cache"
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -35,10 +35,14 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _run_files(folder: Path) -> list[Path]:
-    names = {LOG_FILE, PREDICTIONS, "cache", "report.html", "report.png", CONFIG_FILE, ADAPTER_FILE, BASE_FILE}
+    from reft_kernels.training.card import CARD_FILE, is_own_card
+    from reft_kernels.training.report import PAGE_FILE, PICTURE_FILE
+
+    names = {LOG_FILE, PREDICTIONS, CACHE, PAGE_FILE, PICTURE_FILE, CONFIG_FILE, ADAPTER_FILE, BASE_FILE}
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if path.name in names or path.name.startswith("checkpoint-")]
+    found = [path for path in folder.iterdir() if path.name in names or path.name.startswith("checkpoint-")]
+    return [*found, folder / CARD_FILE] if is_own_card(folder / CARD_FILE) else found
 
 
 def remove_run(folder: Path) -> None:

@@ -48,7 +48,7 @@ def write_card(
     Returns the card's path, or None where the folder has a README.md that is somebody's own: it stays as it is.
     """
     path = Path(folder) / CARD_FILE
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and not is_own_card(path):
         return None
     base = inner_model(reft_model.model)
     # Where a folder lies on this computer is nobody's business.
@@ -90,6 +90,11 @@ def write_card(
 
     replace_files(folder, lambda fresh: _write(fresh / CARD_FILE, text))
     return path
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether there is a card here that this library wrote."""
+    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _write(path: Path, text: str) -> None:

@@ -23,7 +23,8 @@ class Throughput(LogValues):
 
     Every training log has, over the steps since the last one,
 
-    - `tokens_per_second`: tokens of examples; `padded_tokens_per_second`: all columns of the batches, padding included;
+    - `tokens_per_second`: tokens of examples; `padded_tokens_per_second`: all columns of the batches, padding included
+      (absent where a FrozenCache runs fewer columns than there are tokens);
     - `examples_per_second` and `step_ms`, the wall time of an optimiser step, fetching its data included, evaluation
       and saving not;
     - `mfu`, the model FLOP utilisation: the operations that the tokens need (forward, and backward only through what
@@ -123,9 +124,10 @@ class Throughput(LogValues):
         values = self.totals()
         if not values:
             return "speed    nothing was trained"
+        padded = values.get("padded_tokens_per_second")
         parts = [
             f"speed    {values['tokens_per_second']:,.0f} tokens/s",
-            f"{values['padded_tokens_per_second']:,.0f} with padding",
+            *([] if padded is None else [f"{padded:,.0f} with padding"]),
             f"{values['examples_per_second']:,.1f} examples/s",
             f"{values['step_ms']:,.0f} ms/step",
         ]
@@ -148,7 +150,7 @@ class Throughput(LogValues):
         seconds = max(counts.seconds, 1e-9)
         values = {
             "tokens_per_second": tokens / seconds,
-            "padded_tokens_per_second": counts.columns / seconds,
+            **({"padded_tokens_per_second": counts.columns / seconds} if counts.columns >= tokens else {}),
             "examples_per_second": examples / seconds,
             "step_ms": 1000 * seconds / counts.steps,
         }
