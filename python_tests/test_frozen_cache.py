@@ -18,7 +18,7 @@ from frozen_support import (
     mean_loss,
     uncached,
 )
-from tiny_models import DECODERS, random_batch, tiny_model
+from tiny_models import DECODERS, VOCABULARY, random_batch, tiny_model
 from torch import Tensor, nn
 
 from reft_kernels.config import ReftConfig
@@ -51,6 +51,41 @@ def test_architectures(architecture: str, component: str) -> None:
     model = make_model(architecture, dtype, component=component)
     cache = assert_the_same(model, make_rows(model), tolerance)
     assert cache.frozen_blocks == (2 if component == "block_output" else 1)
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_LATENT = {
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "qk_nope_head_dim": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 8,
+}  # fmt: skip
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "no position_ids": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 3, "n_head": 2}),
+    "learned positions with an offset": ("OPT", {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "word_embed_proj_dim": 16, "dropout": 0.0, "max_position_embeddings": 64,
+    }),
+    "alibi": ("Falcon", {**_SMALL, "alibi": True}),
+    "experts": ("Mixtral", {**_SMALL, "num_local_experts": 4}),
+    "two kinds of windows": ("Gemma3Text", {**_SMALL, "head_dim": 8, "sliding_window": 4}),
+    "chunks": ("Llama4Text", {**_SMALL, "head_dim": 8, "attention_chunk_size": 4, "num_local_experts": 2}),
+    "keys wider than values": ("DeepseekV3", {**_SMALL, **_LATENT}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_of_attention(kind: str) -> None:
+    name, settings = OTHERS[kind]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    base = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
+    for parameter in base.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    config = ReftConfig(method="loreft", layers="all", rank=2, positions="l2")
+    model = get_reft_model(base.eval(), config).train()
+    assert_the_same(model, make_rows(model), 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def test_what_fits_into_the_budget_is_kept_and_the_rest_is_computed() -> None:
     starts = [n - min(2, n // 2) if n > 1 else 0 for n, _ in LENGTHS]
     sizes = [8 * (2 * 2 * 8 * t + 16 * (n + k - t)) for t, (n, k) in zip(starts, LENGTHS, strict=True)]
     assert whole.stats.bytes == sum(sizes)
+    kept = [t for entry in whole._store._entries.values() for t in entry]
+    assert sum(t.untyped_storage().nbytes() for t in kept) == sum(sizes)  # and nothing of the batch with them
 
     half = FrozenCache(model, budget=sizes[0] + sizes[1] + 1)
     with pytest.warns(UserWarning, match=r"budget of [\d,]+ bytes is used up .* computed at every epoch") as caught:

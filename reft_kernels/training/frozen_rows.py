@@ -70,7 +70,7 @@ def suffix_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     before, n = int(starts.max()), int((lengths - starts).max())
     columns = starts[:, None] + torch.arange(n)  # [B, n] in the whole row
     inside = columns < lengths[:, None]
-    columns = torch.minimum(columns, lengths[:, None] - 1)
+    columns = columns.clamp(max=ids.shape[1] - 1)  # padding has a place that the model knows
     there = torch.cat([torch.arange(before) >= before - starts[:, None], inside], dim=1)
     tokens = [row[:length] for row, length in zip(ids, lengths.tolist(), strict=True)]
     cut = {name: batch[name] for name in (SUBSPACES,) if name in batch}
