@@ -12,6 +12,7 @@ from tiny_models import random_batch, tiny_model
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
+from reft_kernels import plan
 from reft_kernels.config import ReftConfig
 from reft_kernels.model import ReftModel, get_reft_model
 
@@ -144,3 +145,14 @@ def test_training_a_compiled_model_is_training_it() -> None:
         assert len(graphs.forward) <= 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert len(set(losses[0])) == len(losses[0])
+
+
+def test_a_compiled_model_may_be_the_first_that_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    reft_model = make()
+    calls = [call_of(length, "positions of the config") for length in (8, 8, 11)]
+    wanted = [reft_model(**call).logits for call in calls]
+    monkeypatch.setattr(plan, "_active", plan._Active())
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(reft_model, backend=Graphs())
+    for call, logits in zip(calls, wanted, strict=True):
+        torch.testing.assert_close(compiled(**call).logits, logits)

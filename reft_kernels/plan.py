@@ -136,8 +136,10 @@ def cache_length(past: Any) -> int | Tensor:
 class _Active(threading.local):
     """The plans of each thread, the innermost last, and whether all of this is run again under them if at all."""
 
-    plans: tuple[Plan, ...] = ()
-    followed = False
+    def __init__(self) -> None:
+        # Attributes of the instance, in each thread: Dynamo guards on whether they are there.
+        self.plans: tuple[Plan, ...] = ()
+        self.followed = False
 
 
 _active = _Active()

@@ -53,6 +53,8 @@ def training_arguments(
     if settings.gradient_checkpointing:
         name = "activation_checkpointing"  # as transformers 5 calls it
         more[name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"] = True
+    if settings.compile != "none":
+        more |= {"torch_compile": True, "torch_compile_mode": settings.compile}
     if best is not None:
         more |= {"load_best_model_at_end": True, "metric_for_best_model": best[0], "greater_is_better": best[1]}
     by_epoch = best is not None
@@ -75,7 +77,6 @@ def training_arguments(
         logging_steps=options.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        torch_compile=settings.compile,
         disable_tqdm=not options.progress,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device != "cpu",

@@ -219,7 +219,13 @@ class JobSettings:
     gradient_checkpointing: bool = _option(
         False, bool, "speed", "keep no activations of a block for the backward, but compute them again"
     )
-    compile: bool = _option(False, bool, "speed", "torch.compile the model")
+    compile: str = _option(
+        "none",
+        str,
+        "speed",
+        "torch.compile the model, in this mode; reduce-overhead and max-autotune replay CUDA graphs",
+        choices=("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
     cache_frozen: str = _option(
         "none",
         str,
