@@ -209,7 +209,7 @@ def describe_tokens(batches: Sequence[Batch]) -> dict[str, Any]:
 def summary(side: Side, samples: list[float], floor: list[float]) -> dict[str, Any]:
     return {
         "ms": statistics.median(samples),
-        "quartiles": statistics.quantiles(samples, n=4)[::2],
+        "quartiles": statistics.quantiles(samples, n=4, method="inclusive")[::2],
         "steps_per_second": 1e3 / statistics.median(samples),
         "over_floor": statistics.median(a / b for a, b in zip(samples, floor, strict=True)),
         "parameters": sum(parameter.numel() for parameter in side.parameters),
