@@ -103,46 +103,53 @@ def _one_line(text: str, longest: int) -> str:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """A panel for each data set, with a bar and its standard error for each method."""
+    """A panel for each data set: a bar with its standard error for each method, or a dot for a loss."""
     from matplotlib.figure import Figure
 
     sets = report["sets"]
     columns = min(4, len(sets))
     rows = -(-len(sets) // columns)
-    figure = Figure(figsize=(2.9 * columns + 0.4, 2.5 * rows + 0.7), layout="constrained")
+    figure = Figure(figsize=(max(2.9 * columns + 0.4, 7.5), 2.5 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (name, one) in zip(axes, sets.items(), strict=False):
-        methods = list(one["methods"])
-        found = [one["methods"][method] for method in methods]
-        values = [entry["mean"] for entry in found]
-        errors = [entry["standard_error"] or entry["spread_of_seeds"] or 0.0 for entry in found]
-        axis.bar(
-            range(len(methods)), values, yerr=errors if any(errors) else None, width=0.62, capsize=3,
-            color=[COLOURS.get(method, "#4a5568") for method in methods], error_kw={"linewidth": 1},
-        )  # fmt: skip
-        for place, (value, error) in enumerate(zip(values, errors, strict=True)):
-            axis.annotate(
-                f"{value:.3f}", (place, max(value, 0.0) + error), (0, 2), textcoords="offset points", ha="center",
-                fontsize=7,
-            )  # fmt: skip
-        low, high = min(values), max(v + e for v, e in zip(values, errors, strict=True))
-        lower = one["metric"] in LOWER_IS_BETTER
-        # Losses differ by little of what they are.
-        bottom = low - 2 * (high - low) - 1e-3 if lower else min(0.0, low)
-        axis.set_ylim(bottom, high + 0.15 * (high - bottom) + 1e-9)
-        axis.set_xticks(range(len(methods)), [TITLES.get(method, method) for method in methods], fontsize=8)
+        _panel(axis, one)
         axis.set_title(f"{name} ({one['rows']} rows)", fontsize=9)
-        note = " (lower is better,\naxis does not start at 0)" if lower else ""
-        axis.set_ylabel(one["metric"].replace("_", " ") + note, fontsize=8)
-        axis.tick_params(axis="y", labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(sets) :]:
         axis.set_visible(False)
     about = report["environment"]
     figure.suptitle(
-        f"{' and '.join(report['models'].values())}; one small budget for all methods, seeds "
-        f"{', '.join(map(str, report['seeds']))}; whiskers: standard error of an accuracy, else the spread of seeds\n"
-        f"{about['device']}, commit {about['commit']}",
+        f"{' and '.join(report['models'].values())}; {about['device']}, commit {about['commit']}\n"
+        f"one small budget for all methods, seeds {', '.join(map(str, report['seeds']))}; whiskers: standard error of "
+        "an accuracy, else the spread of seeds",
         fontsize=8,
     )
     store.replace_file(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
+
+
+def _panel(axis: Any, one: Mapping[str, Any]) -> None:
+    methods = list(one["methods"])
+    found = [one["methods"][method] for method in methods]
+    values = [entry["mean"] for entry in found]
+    errors = [entry["standard_error"] or entry["spread_of_seeds"] or 0.0 for entry in found]
+    colours = [COLOURS.get(method, "#4a5568") for method in methods]
+    lower = one["metric"] in LOWER_IS_BETTER
+    if lower:  # losses differ by little of what they are, so that no bar could start at 0
+        axis.scatter(range(len(methods)), values, color=colours, s=30, zorder=3)
+        axis.margins(y=0.3)
+        axis.grid(axis="y", alpha=0.3)
+    else:
+        axis.bar(range(len(methods)), values, width=0.62, color=colours)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.margins(y=0.15)
+    if any(errors):
+        axis.errorbar(range(len(methods)), values, yerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=3)
+    for place, (value, error) in enumerate(zip(values, errors, strict=True)):
+        top = value + error if lower else max(value, 0.0) + error
+        axis.annotate(
+            f"{value:.3f}", (place, top), (0, 4), textcoords="offset points", ha="center", fontsize=7,
+        )  # fmt: skip
+    axis.set_xlim(-0.6, len(methods) - 0.4)
+    axis.set_xticks(range(len(methods)), [TITLES.get(method, method) for method in methods], fontsize=8)
+    axis.set_ylabel(one["metric"].replace("_", " ") + (" (lower is better)" if lower else ""), fontsize=8)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
