@@ -136,6 +136,10 @@ test-adapterhub: $(VENV_PEERS)/ready ## compare with AdapterHub's ReFT, in an en
 bench-drop-in: $(VENV_PEERS)/ready ## time, operations and memory beside pyreft, a patched pyreft and AdapterHub
 	@$(VENV_PEERS)/bin/python -m benchmarks.drop_in $(BENCH_ARGS)
 
+.PHONY: bench-training
+bench-training: $(VENV_PEERS)/ready ## steps per second of one training job beside pyreft, AdapterHub and LoRA
+	@$(VENV_PEERS)/bin/python -m benchmarks.training_steps $(BENCH_ARGS)
+
 .PHONY: lint
 lint: $(VENV)/ready ## check format, style and types
 	@$(BIN)/ruff format --check $(PYTHON_FILES)
