@@ -111,10 +111,11 @@ def run_job(
     if any(parameter.requires_grad for parameter in reft_model.parameters()):
         skips = "--cache-frozen skips most operations" if settings.cache_frozen != "none" else None
         clock, speed = make_clock(), Throughput(show=False, without_mfu=skips)
-        trainer = job.trainer(
-            reft_model, arguments, callbacks=[clock, speed, Orthonormality(), *callbacks], **data,
-            **job.trainer_options(tokenizer, reft_model, options),
-        )  # fmt: skip
+        own = job.trainer_options(tokenizer, reft_model, options)
+        with user_errors("training options"):
+            trainer = job.trainer(
+                reft_model, arguments, callbacks=[clock, speed, Orthonormality(), *callbacks], **data, **own
+            )
         show_progress(trainer, bar=options.progress)
         _train(trainer, folder, checkpoint)
         history = trainer.state.log_history
