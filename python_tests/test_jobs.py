@@ -194,6 +194,20 @@ def test_a_classification_keeps_its_best_epoch(
     assert f"{metric} {max(scores):.4f}" in capsys.readouterr().out
 
 
+def test_a_new_head_follows_from_the_seed(encoder: str, data: dict[str, str], tmp_path: Path) -> None:
+    settings = settings_of(
+        task="classification", glue="sst2", data=[data["sentences"]], positions="f3", max_steps=2, dropout=0.2
+    )
+    heads = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(len(heads))  # whatever was drawn before
+        run(settings.changed({"seed": seed, "lr": 0.0}), encoder, tmp_path / name)
+        heads.append({**load_file(tmp_path / name / "base_trainable.safetensors"), **weights(tmp_path / name)})
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    for name in ("classifier.dense.weight", next(name for name in heads[0] if name.endswith("learned_source.weight"))):
+        assert not torch.equal(heads[0][name], heads[2][name])
+
+
 def test_resuming_gives_the_run_that_was_not_stopped(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
     settings = settings_of(
         data=[data["boxes"]], eval_data=[data["more"]], evaluation="loss", max_steps=6, dropout=0.1,
