@@ -194,6 +194,20 @@ def test_a_classification_keeps_its_best_epoch(
     assert f"{metric} {max(scores):.4f}" in capsys.readouterr().out
 
 
+def test_resuming_another_adapter_of_peft_is_refused(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    settings = settings_of(data=[data["boxes"]], method="lora", max_steps=2)
+    log, _ = run(settings, language_model, tmp_path / "run", save_steps=1)
+    for change, message in (
+        ({"rank": 4}, r"lora_A\.default\.weight must be \[4, 32\], got \[2, 32\]"),
+        ({"method": "dora"}, "of another adapter: this run has as well .*lora_magnitude_vector"),
+        ({"method": "frozen"}, "has no parameter base_model|of another adapter: this run has not"),
+    ):
+        with pytest.raises(UserError, match=f"--resume: .*checkpoint-2.*{message}"):
+            run(settings.changed(change), language_model, tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "train_log.json").read_text()) == json.loads(json.dumps(log))
+
+
 def test_a_new_head_follows_from_the_seed(encoder: str, data: dict[str, str], tmp_path: Path) -> None:
     settings = settings_of(
         task="classification", glue="sst2", data=[data["sentences"]], positions="f3", max_steps=2, dropout=0.2
