@@ -63,7 +63,7 @@ def test_train_writes_an_adapter_a_log_and_checkpoints(model_folder: Path, data_
     assert log["settings"]["model"] == str(model_folder)
     assert log["settings"]["data"] == [str(data_file)]
     assert log["settings"]["lr"] == 0.02
-    assert log["settings"]["style"] == "commonsense"
+    assert log["settings"]["style"] == "plain"
     assert log["parameters"]["trained"] == 2 * (2 * 2 * 32 + 2)
     assert log["examples"] == {"used": 24, "left_out": 0, "held_out": 0, "skipped": None}
     losses = [entry["loss"] for entry in log["history"]]

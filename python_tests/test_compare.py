@@ -21,7 +21,7 @@ from reft_kernels.recipes import JobSettings
 
 def log_of(cell: Cell, accuracy: float, **more: Any) -> dict[str, Any]:
     return {
-        "settings": cell.settings.as_dict(),
+        "settings": {**cell.settings.as_dict(), "model": "somewhere", "dtype": "auto"},
         "parameters": {"trained": 1000 + len(cell.method), "head": 1000, "base": 10**6},
         "results": {"boolq": {"accuracy": accuracy, "unanswered": 0.5, "rows": 10, "seconds": 1.0}},
         "ms_per_step": 20.0,
@@ -42,6 +42,12 @@ def test_cells_take_turns_and_have_settings_of_their_own(tmp_path: Path) -> None
     assert len({cell.folder for cell in plan}) == 4
     with pytest.raises(UserError, match=r"--set red:\.\.\.: red is not among --methods \(loreft, lora\)"):
         cells(JobSettings(), ["loreft", "lora"], [1], {"red": {"lr": 1.0}}, tmp_path)
+    for name, value in (("seed", 3), ("method", "red")):
+        with pytest.raises(UserError, match=f"--set lora:{name}=...: --methods and --seeds say"):
+            cells(JobSettings(), ["lora"], [1], {"lora": {name: value}}, tmp_path)
+    assert cells(JobSettings(), ["loreft", "lora", "loreft"], [1, 2, 1], {}, tmp_path) == [
+        *cells(JobSettings(), ["loreft", "lora"], [1, 2], {}, tmp_path)
+    ]
 
 
 def test_summary_table_and_picture(tmp_path: Path) -> None:
@@ -57,6 +63,9 @@ def test_summary_table_and_picture(tmp_path: Path) -> None:
     assert lines[2] == "| loreft | 6 | 0.600 ± 0.141 | 20 | 1.50 | 1, 2 |"
     assert lines[3] == "| frozen | 6 | 0.600 | 20 | 1.50 | 1 |"
     assert lines[-1] == "- frozen, seed 2: out of memory"
+    renamed = json.loads(json.dumps(found).replace("boolq", r"$a_{|<b>"))
+    assert table(renamed).splitlines()[0].startswith(r"| method | parameters | $a\_{\|&lt;b&gt; (accuracy) |")
+    assert draw(renamed, tmp_path / "picture.png")
     assert draw(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
@@ -96,6 +105,12 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is_noted(
     compare(other, "somewhere", [], tmp_path, show=False, say=said.append)
     assert len(ran) == 5
     assert "--overwrite" in ran[-1]
+    compare(plan[2:], "elsewhere", [], tmp_path, show=False, say=said.append)
+    compare(plan[2:], "somewhere", ["--dtype", "bfloat16"], tmp_path, show=False, say=said.append)
+    assert len(ran) == 7
+    (plan[2].folder / "train_log.json").write_text("[]")
+    with pytest.raises(UserError, match=r"frozen-1/train_log\.json: expected a JSON object"):
+        compare(plan[2:], "somewhere", [], tmp_path, show=False, say=said.append)
     with pytest.raises(UserError, match="every run failed; the first: lora, seed 1"):
         compare(plan[1:2], "somewhere", [], tmp_path, show=False, say=said.append)
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_support import rows, save_encoder, save_model, sentences, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reft_kernels.cli import main
 from reft_kernels.jobs.errors import UserError
+from reft_kernels.jobs.language import LanguageJob
 from reft_kernels.jobs.rows import hold_out_rows, source_names
 from reft_kernels.jobs.run import run_job
 from reft_kernels.jobs.trainer_arguments import RunOptions
@@ -106,20 +108,32 @@ def test_evaluations_of_language(
         assert len(kept.read_text().splitlines()) == count
 
 
-def test_the_loss_is_that_of_the_trainer(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
-    """Rows of unlike lengths: a mean of means of batches would be another number."""
-    settings = settings_of(
-        data=[data["boxes"]], held_out="last:7", eval_data=[data["boxes"]], evaluation="loss", epochs=1
-    )
+def test_the_loss_is_a_mean_over_tokens(
+    language_model: str, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of unlike lengths, one a batch and three: a mean of means of batches would be another number."""
+    settings = settings_of(data=[data["boxes"]], held_out="last:7", eval_data=[data["boxes"]], evaluation="loss")
     log, _ = run(settings, language_model, tmp_path / "run")
-    held_out = [entry["eval_loss"] for entry in log["held_out"] if "eval_loss" in entry]
-    last = write_rows(tmp_path / "last.jsonl", rows(24)[-7:])
-    assert main(["eval", "--adapter", str(tmp_path / "run"), "--data", str(last), "--no-progress",
-                 "--out", str(tmp_path / "said.jsonl")]) == 0  # fmt: skip
-    settings = settings.changed({"eval_data": [str(last)], "held_out": "none", "method": "frozen"})
-    frozen, _ = run(settings, language_model, tmp_path / "frozen")
     assert log["examples"] == {"used": 17, "left_out": 0, "held_out": 7, "skipped": None}
-    assert held_out[-1] < frozen["results"]["last"]["loss"]
+    last = [{**row, "output": row["output"] + k * " and so on"} for k, row in enumerate(rows(24)[-7:])]
+    path = write_rows(tmp_path / "last.jsonl", last)
+    total = count = 0.0
+    base = AutoModelForCausalLM.from_pretrained(language_model).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    for row in last:
+        start = len(tokenizer(row["instruction"] + "\n")["input_ids"])
+        ids = torch.tensor(
+            [[*tokenizer(f"{row['instruction']}\n{row['output']}")["input_ids"], tokenizer.eos_token_id]]
+        )
+        log_probs = base(ids).logits[0, :-1].log_softmax(-1)
+        total -= float(log_probs.gather(1, ids[0, 1:, None])[start - 1 :].sum())
+        count += ids.shape[1] - start
+    wanted = f"loss {total / count:.4f}"
+    for size in ("1", "3"):
+        capsys.readouterr()
+        assert main(["eval", "--model", language_model, "--data", str(path), "--no-progress", "--batch-size", size,
+                     "--evaluation", "loss"]) == 0  # fmt: skip
+        assert wanted in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["loreft", "nodireft", "red", "lora", "dora"])
@@ -180,6 +194,34 @@ def test_a_classification_keeps_its_best_epoch(
     assert f"{metric} {max(scores):.4f}" in capsys.readouterr().out
 
 
+def test_resuming_another_adapter_of_peft_is_refused(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    settings = settings_of(data=[data["boxes"]], method="lora", max_steps=2)
+    log, _ = run(settings, language_model, tmp_path / "run", save_steps=1)
+    for change, message in (
+        ({"rank": 4}, r"lora_A\.default\.weight must be \[4, 32\], got \[2, 32\]"),
+        ({"method": "dora"}, "of another adapter: this run has as well .*lora_magnitude_vector"),
+        ({"method": "frozen"}, "has no parameter base_model|of another adapter: this run has not"),
+    ):
+        with pytest.raises(UserError, match=f"--resume: .*checkpoint-2.*{message}"):
+            run(settings.changed(change), language_model, tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "train_log.json").read_text()) == json.loads(json.dumps(log))
+
+
+def test_a_new_head_follows_from_the_seed(encoder: str, data: dict[str, str], tmp_path: Path) -> None:
+    settings = settings_of(
+        task="classification", glue="sst2", data=[data["sentences"]], positions="f3", max_steps=2, dropout=0.2
+    )
+    heads = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(len(heads))  # whatever was drawn before
+        run(settings.changed({"seed": seed, "lr": 0.0}), encoder, tmp_path / name)
+        heads.append({**load_file(tmp_path / name / "base_trainable.safetensors"), **weights(tmp_path / name)})
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    for name in ("classifier.dense.weight", next(name for name in heads[0] if name.endswith("learned_source.weight"))):
+        assert not torch.equal(heads[0][name], heads[2][name])
+
+
 def test_resuming_gives_the_run_that_was_not_stopped(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
     settings = settings_of(
         data=[data["boxes"]], eval_data=[data["more"]], evaluation="loss", max_steps=6, dropout=0.1,
@@ -227,6 +269,93 @@ def test_what_makes_it_faster_changes_no_loss(
         assert (tmp_path / "fast" / "cache").is_dir() == (speed["cache_frozen"] == "disk")
 
 
+def test_styles_rules_templates_and_triggers() -> None:
+    def target(output: str, **values: Any) -> str:
+        return LanguageJob(settings_of(**values)).style.target(output)
+
+    def answer(text: str, gold: str = "", **values: Any) -> str:
+        return LanguageJob(settings_of(**values)).rule.extract(text, gold)
+
+    assert target("red") == "red"  # of one's own rows nothing is changed
+    assert target("red", style="commonsense") == "the correct answer is red"
+    assert target("red", style="commonsense", trigger="Answer: ") == "Answer: red"
+    assert target("a #### 3", style="gsm8k", template="Q: %s") == "a The final answer is:  3"
+    assert target("red", style="cloze", template="%s") == " red"
+    told = LanguageJob(settings_of(style="chat", template="Say: %s")).style
+    assert told.chat
+    assert told.prompt("red", "blue") == "Say: red\n\nblue"
+    assert LanguageJob(settings_of(style="math", template="Q: %s")).style.prompt("red", "blue") == "Q: red\n\nblue"
+    assert answer("1 and 2", "2", style="math") == answer("1 and 2", "2", style="gsm8k") == "2"
+    assert answer("the correct answer is red", style="math", rule="commonsense") == "red"
+    assert answer("Answer: red", trigger="Answer: ") == "red"
+    assert answer(" red", style="cloze") == "red"
+
+
+def test_sampled_answers_follow_from_the_seed_and_change_no_training(
+    language_model: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    settings = settings_of(data=[data["boxes"]], eval_data=[data["more"]], held_out="last:4", dropout=0.2, epochs=2)
+    plain, _ = run(settings.changed({"evaluation": "loss"}), language_model, tmp_path / "plain")
+    sampled, _ = run(settings.changed({"temperature": 1.5}), language_model, tmp_path / "sampled")
+    losses = [[entry["loss"] for entry in log["history"]] for log in (plain, sampled)]
+    assert losses[0] == losses[1]
+    said = [json.loads(line)["text"] for line in (tmp_path / "sampled/predictions/more.jsonl").read_text().splitlines()]
+    words = ["eval", "--adapter", str(tmp_path / "sampled"), "--data", data["more"], "--no-progress"]
+    assert main([*words, "--out", str(tmp_path / "again.jsonl")]) == 0
+    assert [json.loads(line)["text"] for line in (tmp_path / "again.jsonl").read_text().splitlines()] == said
+
+
+def test_eval_by_a_recipe_forgets_how_the_training_scored(
+    language_model: str, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"style": "cloze", "template": "%s", "evaluation": "rank", "normalise": "byte", "temperature": 1.5}
+    run(settings_of(data=[data["quiz"]], max_steps=1, **values), language_model, tmp_path / "run")
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"recipes": {"own": {"settings": {"style": "gsm8k", "max_new_tokens": 3}}}}))
+    words = ["eval", "--adapter", str(tmp_path / "run"), "--data", data["numbers"], "--no-progress"]
+    out = tmp_path / "said.jsonl"
+    assert main([*words, "--recipe", str(own), "--out", str(out)]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert "First think step by step" in json.loads(out.read_text().splitlines()[0])["prompt"]
+
+
+@pytest.mark.parametrize("log", ["[]", "{", "[" * 100_000, '{"settings": {"model": 3}}'])
+def test_a_log_that_is_none_is_named(
+    language_model: str, data: dict[str, str], tmp_path: Path, log: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(settings_of(data=[data["boxes"]], max_steps=1), language_model, tmp_path / "run")
+    (tmp_path / "run" / "train_log.json").write_text(log)
+    assert main(["eval", "--adapter", str(tmp_path / "run"), "--data", data["more"]]) == 2
+    assert "train_log.json" in capsys.readouterr().err
+
+
+def test_predictions_have_files_of_their_own(language_model: str, tmp_path: Path) -> None:
+    names = ["ä", "ö", "a b", "a_b", "a" * 200]
+    paths = []
+    for count, name in enumerate(names, start=1):
+        (tmp_path / name).mkdir()
+        paths.append(str(write_rows(tmp_path / name / "test.jsonl", rows(count))))
+    settings = settings_of(data=paths[:1], eval_data=paths, max_steps=1, max_new_tokens=1)
+    log, _ = run(settings, language_model, tmp_path / "run")
+    assert list(log["results"]) == names
+    files = list((tmp_path / "run" / "predictions").iterdir())
+    assert sorted(len(path.read_text().splitlines()) for path in files) == [1, 2, 3, 4, 5]
+    assert {"ä.jsonl", "ö.jsonl", "a_b.jsonl"} < {path.name for path in files}
+
+
+def test_the_size_of_an_adapter_is_that_of_all_its_files(
+    language_model: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    log, _ = run(settings_of(data=[data["boxes"]], method="lora", max_steps=1), language_model, tmp_path / "run")
+    assert log["adapter_bytes"] > 4 * log["parameters"]["trained"]
+
+
+def test_what_the_trainer_refuses_is_named(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="training options: nonsense is not supported"):
+        run(settings_of(data=[data["boxes"]]), language_model, tmp_path / "run", report_to=("nonsense",))
+
+
 def test_streamed_rows(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
     settings = settings_of(data=[data["boxes"]], streaming=8, max_steps=9, eval_data=[data["more"]], evaluation="loss")
     log, said = run(settings, language_model, tmp_path / "run")
@@ -262,16 +391,30 @@ def test_bad_rows_are_skipped_where_that_is_asked_for(language_model: str, tmp_p
         ({"data": ["boxes"], "cache_frozen": "memory", "positions": "all"}, "--cache-frozen: "),
         ({"data": ["boxes"], "style": "cloze"}, r"--data: .*line 1: expected 'Answer format: A/B'"),
         ({"data": ["boxes"], "subspaces": ["0-5"]}, "--data: .*subspaces"),
-        ({"data": ["boxes"], "subspaces": ["0"], "method": "direft"}, "subspaces are of loreft, not of direft"),
-        ({"data": ["boxes"], "pad_to": [4]}, "pad_to"),
+        (
+            {"data": ["boxes"], "subspaces": ["0"], "method": "direft"},
+            "subspaces are of the method loreft, not of direft",
+        ),
+        ({"data": ["boxes"], "pad_to": [4, 5]}, r"--pad-to 5: rows have up to \d\d tokens"),
+        ({"data": ["boxes"], "packing": 9}, r"--packing 9: examples have up to \d\d tokens"),
+        ({"data": ["boxes"], "packing": 64, "pad_to": [8, 63]}, "--pad-to 63: rows have up to 64 tokens"),
+        ({"data": ["boxes"], "held_out": "share:nan"}, "--held-out: share:nan of 24 rows leaves none on one side"),
+        ({"data": ["boxes"], "held_out": "share:1.5"}, "--held-out: share:1.5 of 24 rows leaves none on one side"),
+        (
+            {"data": ["boxes"], "eval_data": ["boxes"], "evaluation": "rank"},
+            r"--eval-data: .*line 1: expected 'Answer f",
+        ),
+        ({"data": ["boxes"], "held_out": "last:2", "evaluation": "rank"}, r"--data: .*line 1: expected 'Answer format"),
+        (
+            {"data": ["boxes"], "evaluation": "loss", "held_out": "last:2", "trigger": "x", "rule": "math"},
+            "--rule: a tri",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(
     language_model: str, data: dict[str, str], tmp_path: Path, values: dict[str, Any], message: str
 ) -> None:
     named = {name: [data.get(one, one) for one in value] if "data" in name else value for name, value in values.items()}
-    if "pad_to" in values:
-        named["pad_to"] = (4, 5)
     with pytest.raises((UserError, ValueError), match=message):
         run(settings_of(**named), language_model, tmp_path / "run")
 
@@ -279,11 +422,19 @@ def test_what_is_wrong_is_named(
 def test_labels_out_of_range_are_named(encoder: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [*sentences(3), {"sentence1": "a", "label": 7}])
     settings = settings_of(task="classification", glue="sst2", data=[str(path)], positions="f1")
-    with pytest.raises(UserError, match="--data: sst2, row 3: label must be from 0 to 1, got 7"):
+    with pytest.raises(UserError, match=r"--data: .*rows\.jsonl, line 4: label must be from 0 to 1, got 7"):
         run(settings, encoder, tmp_path / "run")
     with pytest.raises(UserError, match="--packing: is for language models"):
         run(settings.changed({"packing": 64}), encoder, tmp_path / "run")
+    for name in ("subspaces", "template", "trigger"):
+        value = ["0"] if name == "subspaces" else "%s"
+        with pytest.raises(UserError, match=f"--{name}: is for language models"):
+            run(settings.changed({name: value}), encoder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    log, _ = run(settings.changed({"skip_bad_rows": True, "max_steps": 1}), encoder, tmp_path / "run")
+    assert log["examples"]["used"] == 3
+    assert log["examples"]["skipped"]["count"] == 1
+    assert "line 4: label must be" in log["examples"]["skipped"]["reasons"][0]
 
 
 def test_held_out_rows() -> None:
@@ -304,3 +455,6 @@ def test_names_of_sources(tmp_path: Path) -> None:
     path.touch()
     assert source_names([str(path), "nyu-mll/glue:cola", "openai/gsm8k"]) == ["boolq", "cola", "gsm8k"]
     assert source_names([str(path), str(path)]) == [str(path), str(path)]
+    others = [str(tmp_path / one / "boolq" / "test.json") for one in ("a", "b")]
+    assert source_names([*others, "openai/gsm8k"]) == ["a/boolq/test.json", "b/boolq/test.json", "gsm8k"]
+    assert source_names(["nyu-mll/glue:main", "openai/gsm8k:main"]) == ["nyu-mll/glue:main", "openai/gsm8k:main"]

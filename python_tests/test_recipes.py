@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from reft_kernels.cli import main
+from reft_kernels.jobs.language import LanguageJob
 from reft_kernels.positions import parse_positions
 from reft_kernels.recipes import OPTIONS, JobSettings, find_recipe, list_recipes, read_assignment, read_recipes
-from reft_kernels.training.answers import answer_rule
 from reft_kernels.training.decoding import decoding_settings
 from reft_kernels.training.glue import glue_task
 from reft_kernels.training.prompts import prompt_style
@@ -34,7 +34,8 @@ def test_a_recipe_names_what_there_is(name: str) -> None:
     settings = recipe.settings
     parse_positions(settings.positions)
     prompt_style(settings.style)
-    answer_rule(settings.rule)
+    if settings.task == "language":
+        LanguageJob(settings)
     if settings.glue is not None:
         glue_task(settings.glue)
     assert recipe.title
@@ -97,7 +98,19 @@ def test_own_files_extend_recipes(tmp_path: Path) -> None:
         ('{"recipes": {"a": {"settings": {"rank": 0}}}}', "recipe 'a': rank must be at least 1, got 0"),
         ('{"recipes": {"a": {"settings": {"rank": "8"}}}}', "recipe 'a': rank must be a whole number, got '8'"),
         ('{"recipes": {"a": {"extends": "a"}}}', "recipe 'a' extends itself"),
-        ('{"recipes": {"a": {"extends": "nothing"}}}', "unknown recipe 'nothing'"),
+        (
+            '{"recipes": {"a": {"extends": "nothing"}}}',
+            "extends 'nothing', which is neither in the file nor in the pack",
+        ),
+        ('{"recipes": {"a": {"extends": "mine.json:a"}}}', "extends 'mine.json:a', which is neither"),
+        ('{"recipes": {"a": 3}}', "recipe 'a' must be an object with settings, got 3"),
+        ('{"recipes": {"a": {"settings": []}}}', "recipe 'a' must be an object with settings"),
+        ("[" * 100_000, "not valid JSON"),
+        (
+            '{"family": {"name": "{task}", "tasks": ["cola"], "seeds": [1], "settings": {"rnak": 1}, "variants": {"": '
+            '{"title": "{task:>99999999999}", "source": "", "settings": {}, "columns": {}}}}}',
+            "unknown setting 'rnak'",
+        ),
         ('{"recipes": {"a": {"colour": 1}}}', "recipe 'a' has unknown fields: colour"),
         ('{"recipes": {"a": {"settings": {"task": "classification"}}}}', "glue must be named for a classification"),
     ],
@@ -160,6 +173,18 @@ def test_settings_survive_json() -> None:
         ({"streaming": 10, "data": ["a"], "max_steps": 3, "held_out": "last:3"}, "does not go with held_out 'last:3'"),
         ({"template": "no place"}, 'template must hold "%s" exactly once'),
         ({"glue": "cola"}, "glue must be named for a classification and for nothing else"),
+        ({"held_out": "glue"}, "held_out 'glue' is for classifications"),
+        ({"subspaces": ["0"], "data": ["a"], "method": "lora"}, "subspaces are of the method loreft, not of lora"),
+        ({"subspaces": ["0"], "data": ["a"], "packing": 64}, "subspaces does not go with packing"),
+        ({"cache_frozen": "memory", "packing": 64}, "cache_frozen does not go with packing"),
+        ({"cache_frozen": "memory", "compile": True}, "cache_frozen does not go with compile"),
+        (
+            {"cache_frozen": "disk", "gradient_checkpointing": True},
+            "cache_frozen does not go with gradient_checkpointing",
+        ),
+        ({"epochs": 0}, "epochs must be above 0 where max_steps is not given"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"top_p": 1.5}, "top_p must be at most 1, got 1.5"),
     ],
 )
 def test_settings_that_do_not_fit_together(values: dict[str, Any], message: str) -> None:

@@ -90,8 +90,37 @@ def test_the_command(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     again = json.loads((tmp_path / "out" / "search.json").read_text())["trials"]
     assert again[:6] == found["trials"]
     assert len(again) == 8
+    assert len({trial["settings"]["lr"] for trial in again}) == 8  # what was drawn is not drawn again
+    other = save_model(tmp_path / "other")
+    assert main([word if word != str(tmp_path / "model") else str(other) for word in argv]) == 2
+    assert "holds a search of another model" in capsys.readouterr().err
     assert main([*argv, "--trials", "8", "--rank", "2", "--lr", "1"]) == 2
-    assert "holds a search with other settings or another space" in capsys.readouterr().err
+    assert "holds a search of another model, other settings or another space" in capsys.readouterr().err
+
+
+def test_a_trial_that_keeps_its_best_epoch_is_judged_by_it(argv: list[str], tmp_path: Path) -> None:
+    words = [*argv[: argv.index("--over")], "--lr", "3", "--scheduler", "constant", "--warmup", "0"]
+    values = {}
+    for name in ("no-best-epoch", "best-epoch"):
+        words[words.index("--output") + 1] = str(tmp_path / name)
+        assert main([*words, f"--{name}", "--over", "rank=2", "--trials", "1"]) == 0
+        (trial,) = json.loads((tmp_path / name / "search.json").read_text())["trials"]
+        values[name] = trial["value"]
+    assert values["best-epoch"] < values["no-best-epoch"]
+
+
+def test_a_trial_is_not_given_up_after_its_last_step(argv: list[str], tmp_path: Path) -> None:
+    words = [*argv[: argv.index("--over")], "--max-steps", "2", "--over", "lr=1e-2,1e-9", "rank=1..4"]
+    assert main([*words, "--trials", "5"]) == 0
+    states = [trial["state"] for trial in json.loads((tmp_path / "out" / "search.json").read_text())["trials"]]
+    assert states == ["complete"] * 5
+
+
+def test_tables_hold_settings_as_text() -> None:
+    trial = {"number": 0, "state": "complete", "value": 0.5, "settings": {"template": "<b>|%s\n"}, "parameters": 1,
+             "ms_per_step": 1.0}  # fmt: skip
+    found = table({"metric": "eval_loss", "more_is_better": False, "trials": [trial], "frontier": {"parameters": [0]}})
+    assert found.splitlines()[2] == "| 0.5000 | &lt;b&gt;\\|%s⏎ | 1 | 1 |"
 
 
 def test_trials_that_fail_are_counted(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,3 +129,7 @@ def test_trials_that_fail_are_counted(argv: list[str], tmp_path: Path, capsys: p
     assert "no trial was finished; the first failed: " in capsys.readouterr().err
     states = [trial["state"] for trial in json.loads((tmp_path / "out" / "search.json").read_text())["trials"]]
     assert states == ["fail", "fail"]
+    argv[argv.index("--output") + 1] = str(tmp_path / "frozen")
+    argv[argv.index("--over") :] = ["--over", "method=frozen", "--trials", "1"]
+    assert main(argv) == 2
+    assert "no trial was finished; the first failed: held-out rows gave no eval_loss" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_a_turn_that_ends_with_another_token_keeps_it() -> None:
 
 def test_bad_arguments_are_named() -> None:
     tokenizer = make_tokenizer()
-    with pytest.raises(ValueError, match=r"style must be one of commonsense, .*, got 'poem'"):
+    with pytest.raises(ValueError, match=r"style must be one of plain, .*, got 'poem'"):
         prompt_style("poem")
     with pytest.raises(ValueError, match="template must hold \"%s\" 1 times, got 'no place'"):
         PromptStyle("no place")
@@ -85,4 +85,4 @@ def test_bad_arguments_are_named() -> None:
     tokenizer.chat_template = CHAT.replace("[assistant] {%", "[thinking] {%")
     with pytest.raises(ValueError, match=r"another prompt before an answer than without one: .*\[thinking\] "):
         prompt_and_target("a", output="b", style="chat", tokenizer=tokenizer)
-    assert set(PROMPT_STYLES) == {"commonsense", "math", "gsm8k", "alpaca", "memorise", "chat"}
+    assert set(PROMPT_STYLES) == {"plain", "commonsense", "cloze", "math", "gsm8k", "alpaca", "memorise", "chat"}

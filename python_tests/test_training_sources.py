@@ -125,6 +125,26 @@ def test_bad_rows_are_skipped_and_counted_where_asked(tmp_path: Path) -> None:
         read_examples(path, skipped=SkippedRows())
 
 
+@pytest.mark.parametrize("name", ["marked.jsonl", "marked.json"])
+def test_files_of_windows_editors_are_read(tmp_path: Path, name: str) -> None:
+    lines = b"\r\n".join(json.dumps(row).encode() for row in rows(3))
+    text = lines if name.endswith("l") else json.dumps(rows(3), indent=1).replace("\n", "\r\n").encode()
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text)
+    assert [example.answer for example in read_examples(tmp_path / name)] == [row["answer"] for row in rows(3)]
+
+
+def test_rows_that_no_tokenizer_or_parser_takes_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "a\\ud800", "output": "b"}\n' + "[" * 100_000 + "\n" + json.dumps(rows(1)[0]))
+    skipped = SkippedRows()
+    assert len(read_examples(path, skipped=skipped)) == 1
+    assert skipped.reasons[0].endswith("line 1: field 'instruction' holds half a character ('\\ud800' at 1)")
+    assert skipped.reasons[1].endswith("line 2: brackets inside brackets, too deep to be read")
+    (tmp_path / "rows.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"rows\.json: brackets inside brackets"):
+        read_examples(tmp_path / "rows.json")
+
+
 def test_rows_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(rows(1)[0]) + "\nbroken\n", encoding="utf-8")

@@ -102,7 +102,7 @@ def save_model(folder: Path) -> Path:
 def save_encoder(folder: Path, **changes: Any) -> Path:
     """A folder with a tiny RoBERTa, without a classifier's head, and a tokenizer that fits it."""
     model = tiny_model("roberta", vocab_size=400, max_position_embeddings=300, **changes)
-    model.save_pretrained(folder)
+    model.roberta.save_pretrained(folder)
     make_encoder_tokenizer().save_pretrained(folder)
     return folder
 

@@ -29,7 +29,7 @@ def load_edited(arguments: argparse.Namespace, job: Job | None = None) -> tuple[
     adapter = find_adapter(arguments.adapter)
     settings = training_settings(adapter)
     name = arguments.model or settings.get("model")
-    if name is None:
+    if not isinstance(name, str):
         raise UserError(
             "--model is needed: " + ("no adapter is given" if adapter is None else f"no {LOG_FILE} names it")
         )

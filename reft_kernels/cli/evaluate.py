@@ -19,6 +19,13 @@ from reft_kernels.recipes import OPTIONS, JobSettings, find_recipe
 
 HELP = "print the scores on one or more data sets"
 USAGE = "--adapter FOLDER --data FILE|NAME ... [options]"
+# What decides how rows are read and scored. How an adapter was trained is read from its log where it is loaded.
+_SCORING = {
+    *(name for name, option in OPTIONS.items() if option.group == "task"),
+    "max_length",
+    "seed",
+    "skip_bad_rows",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,12 +85,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace, trained: dict[str, Any]) -> JobSettings:
-    """Those of the training, changed by the recipe, changed by the options."""
-    values = {name: value for name, value in trained.items() if name in OPTIONS}
-    if isinstance(values.get("data"), str):
-        values["data"] = [values["data"]]
+    """How the training scored, or how the recipe does, changed by the options."""
     if arguments.recipe is not None:
         with user_errors("--recipe"):
-            values |= find_recipe(arguments.recipe).values
+            trained = find_recipe(arguments.recipe).settings.as_dict()
+    values = {name: value for name, value in trained.items() if name in _SCORING}
     with user_errors("settings"):
         return JobSettings.of({**values, **given_settings(arguments)})

@@ -51,12 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     from reft_kernels.cli.adapter import find_adapter, load_edited
     from reft_kernels.jobs.run_folder import training_settings
     from reft_kernels.training.evaluate import generate_texts
-    from reft_kernels.training.prompts import PromptStyle, prompt_and_target, prompt_style
+    from reft_kernels.training.prompts import prompt_and_target, prompt_style
 
     settings = training_settings(find_adapter(arguments.adapter))
-    template = arguments.template or settings.get("template")
     with user_errors("--template"):
-        style = prompt_style(settings.get("style") or "commonsense") if template is None else PromptStyle(template)
+        style = prompt_style(settings.get("style") or "plain", template=arguments.template or settings.get("template"))
     model, tokenizer = load_edited(arguments)
 
     transformers.set_seed(arguments.seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 from reft_kernels.cli.common import add_model_arguments, at_least, template_text
 from reft_kernels.recipes.option import Option
-from reft_kernels.recipes.settings import OPTIONS, JobSettings
+from reft_kernels.recipes.settings import OPTIONS, default_of
 
 SETTING_GROUPS = ("task", "data", "method", "training", "speed")
 
@@ -93,7 +93,7 @@ def _add(group: Any, name: str, option: Option) -> None:
 
 
 def _help(name: str, option: Option) -> str:
-    default = JobSettings.__dataclass_fields__[name].default
+    default = default_of(name)
     text = option.help.replace("%", "%%")
     if option.kind is bool:
         return f"{text} (default: {'yes' if default else 'no'})"

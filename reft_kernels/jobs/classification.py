@@ -14,9 +14,9 @@ from reft_kernels.jobs.forward_passes import predict
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
-from reft_kernels.recipes.settings import JobSettings
+from reft_kernels.recipes.settings import JobSettings, default_of
 from reft_kernels.training.classification import ReftTrainerForSequenceClassification
-from reft_kernels.training.glue import GlueDataset, glue_collator, glue_task
+from reft_kernels.training.glue import GlueDataset, check_glue_row, glue_collator, glue_task
 from reft_kernels.training.sources import SkippedRows
 from reft_kernels.training.splits import glue_split, take
 
@@ -39,8 +39,8 @@ class ClassificationJob:
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
-        for name in ("cache_frozen", "packing", "pad_to"):
-            if getattr(settings, name) != JobSettings.__dataclass_fields__[name].default:
+        for name in ("cache_frozen", "packing", "pad_to", "subspaces", "template", "trigger"):
+            if getattr(settings, name) != default_of(name):
                 raise UserError(f"--{name.replace('_', '-')}: is for language models, not for classifications")
         with user_errors("--glue"):
             self.task = glue_task(settings.glue or "")
@@ -80,7 +80,12 @@ class ClassificationJob:
 
     def _read(self, sources: tuple[str, ...], option: str, split: str, most: int | None) -> list[Rows]:
         return read_all(
-            sources, lambda row: row.fields, option=option, split=split, max_rows=most, skipped=self.skipped
+            sources,
+            lambda row: check_glue_row(row.fields, row.where, self.task),
+            option=option,
+            split=split,
+            max_rows=most,
+            skipped=self.skipped,
         )
 
     def trainer_options(

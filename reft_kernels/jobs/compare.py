@@ -17,8 +17,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from reft_kernels.jobs.errors import UserError, user_errors
-from reft_kernels.jobs.run_folder import LOG_FILE, write_atomically
+from reft_kernels.jobs.run_folder import LOG_FILE, model_source, read_log, write_atomically
 from reft_kernels.recipes.settings import JobSettings
+from reft_kernels.training import markdown
 
 TABLE_FILE, RESULTS_FILE = "comparison.md", "comparison.json"
 
@@ -44,12 +45,15 @@ def cells(
 
     Raises UserError naming the method and the setting.
     """
-    for name in changes:
+    for name, values in changes.items():
         if name not in methods:
             raise UserError(f"--set {name}:...: {name} is not among --methods ({', '.join(methods)})")
+        for setting in ("method", "seed"):
+            if setting in values:
+                raise UserError(f"--set {name}:{setting}=...: --methods and --seeds say which runs there are")
     found = []
-    for seed in seeds:
-        for method in methods:
+    for seed in dict.fromkeys(seeds):
+        for method in dict.fromkeys(methods):
             with user_errors(f"--methods {method}"):
                 changed = settings.changed({**changes.get(method, {}), "method": method, "seed": seed})
             found.append(Cell(method, seed, changed, folder / f"{method}-{seed}"))
@@ -57,14 +61,14 @@ def cells(
 
 
 def run_cell(cell: Cell, model: str, options: Sequence[str], *, show: bool) -> dict[str, Any]:
-    """The log of a cell, which is run in a new process unless it has been run with the same settings.
+    """The log of a cell, which is run in a new process unless it has been run with the same settings and model.
 
     Args:
         options: further words of the command `train`: dtype, device, and what it writes.
 
     Raises UserError where the process fails, with its last line.
     """
-    finished = _finished(cell)
+    finished = _finished(cell, model, options)
     if finished is not None:
         return finished
     recipe = cell.folder.with_suffix(".recipe.json")
@@ -80,16 +84,16 @@ def run_cell(cell: Cell, model: str, options: Sequence[str], *, show: bool) -> d
     if done.returncode:
         last = [line for line in (done.stderr or done.stdout or "").splitlines() if line.strip()][-1:] or ["no message"]
         raise UserError(f"{cell.method}, seed {cell.seed}: {last[0].strip()}")
-    log: dict[str, Any] = json.loads((cell.folder / LOG_FILE).read_text(encoding="utf-8"))
-    return log
+    return read_log(cell.folder / LOG_FILE)
 
 
-def _finished(cell: Cell) -> dict[str, Any] | None:
+def _finished(cell: Cell, model: str, options: Sequence[str]) -> dict[str, Any] | None:
     path = cell.folder / LOG_FILE
     if not path.is_file():
         return None
-    log: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    own = cell.settings.as_dict()
+    log = read_log(path)
+    own = {**cell.settings.as_dict(), "model": model_source(model)}
+    own |= {name: options[options.index(f"--{name}") + 1] for name in ("dtype", "device") if f"--{name}" in options}
     same = all(log.get("settings", {}).get(name) == value for name, value in own.items())
     return log if log.get("finished") and same else None
 
@@ -97,7 +101,7 @@ def _finished(cell: Cell) -> dict[str, Any] | None:
 def compare(
     plan: Sequence[Cell], model: str, options: Sequence[str], folder: Path, *, show: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run every cell and write `comparison.json`, `comparison.md` and `comparison.png` after each.
+    """Run every cell and write `comparison.json` and `comparison.md` after each.
 
     A cell that fails is noted in the table with its message; the others are run all the same. Raises UserError where
     every cell has failed.
@@ -154,7 +158,8 @@ def table(results: Mapping[str, Any]) -> str:
     methods = results["methods"]
     data = list(dict.fromkeys(name for entry in methods.values() for name in entry["scores"]))
     metric = {name: entry["scores"][name]["metric"] for entry in methods.values() for name in entry["scores"]}
-    head = ["method", "parameters", *(f"{name} ({metric[name]})" for name in data), "ms/step", "peak GiB", "seeds"]
+    named = [f"{markdown.cell(name)} ({metric[name]})" for name in data]
+    head = ["method", "parameters", *named, "ms/step", "peak GiB", "seeds"]
     lines = [head, ["---"] * len(head)]
     for method, entry in methods.items():
         scores = [_spread(entry["scores"].get(name, {}).get("values", [])) for name in data]
@@ -162,7 +167,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append([*row, _mean(entry["peak_memory_gib"], 2), ", ".join(map(str, entry["seeds"])) or "none"])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     failed = [
-        f"- {method}, seed {seed}: {message}\n"
+        f"- {method}, seed {seed}: {markdown.plain(message)}\n"
         for method, entry in methods.items()
         for seed, message in entry["failed"].items()
     ]

@@ -41,7 +41,7 @@ def draw(results: Mapping[str, Any], path: Path) -> bool:
             error = stdev(values) if len(values) > 1 else None
             axis.errorbar([index], [mean(values)], yerr=error, fmt="o", color=colours[method], capsize=3)
         _name_methods(axis, methods)
-        axis.set_title(name)
+        axis.set_title(name, parse_math=False)
         axis.set_ylabel(metric.replace("_", " "))
         axis.margins(y=0.2)
     if timed:

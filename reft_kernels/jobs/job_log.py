@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_kernels.jobs.run_folder import adapter_bytes
+from reft_kernels.jobs.run_folder import adapter_bytes, model_source
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings
@@ -43,12 +43,11 @@ def describe_run(
 
     import reft_kernels
 
-    where = Path(options.model).expanduser()
     return {
         "recipe": recipe,
         "settings": {
             **settings.as_dict(),
-            "model": str(where.resolve()) if where.is_dir() else options.model,
+            "model": model_source(options.model),
             "dtype": options.dtype,
             "device": options.device,
         },

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,15 +19,15 @@ from reft_kernels.jobs.run_folder import CACHE
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings, read_subspace
-from reft_kernels.training.answers import AnswerRule, TextAfterTrigger, answer_rule
-from reft_kernels.training.choices import Normalise, evaluate_choices
+from reft_kernels.training.answers import ANSWER_RULES, AnswerRule, TextAfterTrigger, answer_rule
+from reft_kernels.training.choices import Normalise, answer_choices, evaluate_choices
 from reft_kernels.training.cloze import ClozeExample, as_cloze
 from reft_kernels.training.data import Example, SupervisedCollator, SupervisedDataset, pad_token_id, parse_row
 from reft_kernels.training.evaluate import evaluate_accuracy
 from reft_kernels.training.frozen_cache import FrozenCache
 from reft_kernels.training.memorisation import recite
 from reft_kernels.training.packing import PackedCollator
-from reft_kernels.training.prompts import PromptStyle, prompt_and_target, prompt_style
+from reft_kernels.training.prompts import prompt_and_target, prompt_style
 from reft_kernels.training.sources import Row, SkippedRows, is_hub_name
 from reft_kernels.training.streaming import StreamedDataset
 
@@ -52,8 +54,7 @@ class LanguageJob:
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
         with user_errors("--style"):
-            style = prompt_style(settings.style)
-            self.style = style if settings.template is None else PromptStyle(settings.template, trigger=style.trigger)
+            self.style = prompt_style(settings.style, template=settings.template, trigger=settings.trigger)
         self.rule = _rule(settings)
         self.skipped = SkippedRows() if settings.skip_bad_rows else None
         self.train: list[Example] = []
@@ -69,7 +70,7 @@ class LanguageJob:
             return
         parts = read_all(
             settings.data,
-            lambda row: self._row(row, needs_output=True),
+            self._trained_row,
             option="--data",
             split=settings.split,
             max_rows=settings.max_examples,
@@ -98,8 +99,30 @@ class LanguageJob:
         )
         self.evaluated = dict(zip(source_names(settings.eval_data), parts, strict=True))
 
+    def _trained_row(self, row: Row) -> Example:
+        example = self._row(row, needs_output=True)
+        if self.settings.held_out != "none":  # any row may be one of them
+            self._check_answer(example, row.where)
+        return example
+
     def _scored_row(self, row: Row) -> Example:
-        return self._row(row, needs_output=self.settings.evaluation in ("loss", "recite"))
+        example = self._row(row, needs_output=self.settings.evaluation in ("loss", "recite"))
+        self._check_answer(example, row.where)
+        return example
+
+    def _check_answer(self, example: Example, where: str) -> None:
+        """Raises ValueError, before anything is trained, where a row has no answer to score by, or no such choice."""
+        if not self._answers:
+            return
+        try:
+            gold = self.rule.of_row(example.output).gold(example.answer, example.output)
+            if self.settings.evaluation == "generate":
+                return
+            offered = example.choices if isinstance(example, ClozeExample) else answer_choices(example.instruction)
+            if not any(self.rule.match(choice, gold) for choice in offered):
+                raise ValueError(f"the answer {gold!r} is none of its choices {', '.join(offered)}")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     def _row(self, row: Row, needs_output: bool) -> Example:
         example = parse_row(row.fields, row.where, needs_output=needs_output)
@@ -154,8 +177,21 @@ class LanguageJob:
                 else self._stream(self.settings.streaming, tokenizer, reft_model)
             )
             held_out = self._dataset(self.held_out, tokenizer, reft_model, cache) if self.held_out else None
+        self._check_row_lengths(train, held_out)
         with user_errors("--pad-to"):
             return {"train_dataset": train, "eval_dataset": held_out, "data_collator": self._collator(tokenizer)}
+
+    def _check_row_lengths(self, *datasets: Any) -> None:
+        """Raises UserError where an example would fit into no row of --packing or --pad-to."""
+        settings = self.settings
+        longest = max((max(one.lengths) for one in datasets if isinstance(one, SupervisedDataset)),
+                      default=settings.max_length)  # fmt: skip
+        if settings.packing is not None:
+            if settings.packing < longest:
+                raise UserError(f"--packing {settings.packing}: examples have up to {longest} tokens")
+            longest = settings.packing
+        if len(settings.pad_to) > 1 and max(settings.pad_to) < longest:
+            raise UserError(f"--pad-to {max(settings.pad_to)}: rows have up to {longest} tokens")
 
     def _stream(self, buffer: int, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel) -> StreamedDataset:
         settings = self.settings
@@ -250,16 +286,17 @@ class LanguageJob:
             )
             return Scores({"accuracy": result.accuracy}, result.total, [asdict(one) for one in result.predictions])
         if settings.evaluation == "generate":
-            result = evaluate_accuracy(
-                model,
-                tokenizer,
-                examples,
-                style=self.style,
-                rule=self.rule,
-                batch_size=settings.eval_batch_size,
-                progress=progress,
-                **self.generation(),
-            )
+            with _drawing(settings.seed, next(model.parameters()).device):
+                result = evaluate_accuracy(
+                    model,
+                    tokenizer,
+                    examples,
+                    style=self.style,
+                    rule=self.rule,
+                    batch_size=settings.eval_batch_size,
+                    progress=progress,
+                    **self.generation(),
+                )
             said = [asdict(one) for one in result.predictions]
             return Scores(
                 {"accuracy": result.accuracy, "unanswered": result.unanswered / result.total}, len(said), said
@@ -295,12 +332,20 @@ class LanguageJob:
         return found
 
 
+@contextmanager
+def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Within this context random numbers follow from the seed alone; afterwards they go on as if nothing was drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def _rule(settings: JobSettings) -> AnswerRule:
+    """The rule that is named, else that of the style, else commonsense."""
+    name = settings.rule or (settings.style if settings.style in ANSWER_RULES else "commonsense")
     with user_errors("--rule"):
-        if settings.style == "cloze":
-            return TextAfterTrigger("")
-        if settings.trigger is None:
-            return answer_rule(settings.rule)
-        if settings.rule != "commonsense":
-            raise ValueError(f"a trigger is for the rule commonsense, not for {settings.rule}")
-        return TextAfterTrigger(settings.trigger)
+        if settings.trigger is not None:
+            if name != "commonsense":
+                raise ValueError(f"a trigger is for the rule commonsense, not for {name}")
+            return TextAfterTrigger(settings.trigger)
+        return TextAfterTrigger("") if settings.rule is None and settings.style == "cloze" else answer_rule(name)

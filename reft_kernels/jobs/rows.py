@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -54,18 +55,25 @@ def hold_out_rows(rows: Sequence[T], how: str, seed: int) -> tuple[list[T], list
         size: float = float(text) if kind == "share" else int(text)
     except ValueError:
         raise ValueError(f"expected a number after {kind}:, got {text!r}") from None
+    count = math.floor(len(rows) * size) if kind == "share" and math.isfinite(size) else size
+    if not 0 < count < len(rows):
+        raise ValueError(f"{how} of {len(rows)} rows leaves none on one side")
     if kind == "last":
-        if not 0 < size < len(rows):
-            raise ValueError(f"{how} of {len(rows)} rows leaves none on one side")
         return list(rows[: -int(size)]), list(rows[-int(size) :])
     split = hold_out(len(rows), size, seed)
     return take(rows, sorted(split.kept)), take(rows, split.held_out)
 
 
 def source_names(sources: Sequence[str]) -> list[str]:
-    """A short name for each source: a file's or its folder's, a hub's data set or its configuration."""
-    short = [_short_name(source) for source in sources]
-    return [name if short.count(name) == 1 else source for name, source in zip(short, sources, strict=True)]
+    """A short name for each source: a file's or its folder's, a hub's data set or its configuration. Those that would
+    have one name together have as much of their path as tells them apart."""
+    names = [_short_name(source) for source in sources]
+    for depth in range(2, max(len(Path(source).parts) for source in sources) + 1):
+        if len(set(names)) == len(names):
+            break
+        longer = [str(Path(*Path(source).parts[-depth:])) for source in sources]
+        names = [name if names.count(name) == 1 else more for name, more in zip(names, longer, strict=True)]
+    return names
 
 
 def _short_name(source: str) -> str:

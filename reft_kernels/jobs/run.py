@@ -111,10 +111,11 @@ def run_job(
     if any(parameter.requires_grad for parameter in reft_model.parameters()):
         skips = "--cache-frozen skips most operations" if settings.cache_frozen != "none" else None
         clock, speed = make_clock(), Throughput(show=False, without_mfu=skips)
-        trainer = job.trainer(
-            reft_model, arguments, callbacks=[clock, speed, Orthonormality(), *callbacks], **data,
-            **job.trainer_options(tokenizer, reft_model, options),
-        )  # fmt: skip
+        own = job.trainer_options(tokenizer, reft_model, options)
+        with user_errors("training options"):
+            trainer = job.trainer(
+                reft_model, arguments, callbacks=[clock, speed, Orthonormality(), *callbacks], **data, **own
+            )
         show_progress(trainer, bar=options.progress)
         _train(trainer, folder, checkpoint)
         history = trainer.state.log_history
@@ -186,8 +187,15 @@ def _public(sources: str | Sequence[str]) -> str:
 
 
 def _check_same_adapter(reft_model: ReftModel, folder: Path) -> None:
-    """Raises UserError where the checkpoint's interventions are not those of the model, place by place."""
-    from reft_kernels.checkpoint import describe_representation, read_description
+    """Raises UserError where the checkpoint's interventions are not those of the model, place by place, or what it has
+    trained of the base model (LoRA, a head) is not what this run trains."""
+    from reft_kernels.checkpoint import (
+        BASE_FILE,
+        check_base_tensors,
+        describe_representation,
+        read_description,
+        read_safetensors,
+    )
 
     with user_errors("--resume"):
         saved = read_description(folder)["representations"]
@@ -204,6 +212,14 @@ def _check_same_adapter(reft_model: ReftModel, folder: Path) -> None:
                     f"--resume: {folder} is of another adapter: {name} of {there['key']} is {there[name]} there "
                     f"and {here[name]} here"
                 )
+    path = folder / BASE_FILE
+    trained = {name for name, parameter in reft_model.model.named_parameters() if parameter.requires_grad}
+    with user_errors("--resume"):
+        tensors = read_safetensors(path) if path.is_file() else {}
+        check_base_tensors(path, tensors, reft_model.model)
+    if differing := sorted(trained ^ set(tensors)):
+        where = "this run has not" if differing[0] in tensors else "this run has as well"
+        raise UserError(f"--resume: {folder} is of another adapter: {where} {differing[0]}")
 
 
 def _train(trainer: Any, folder: Path, checkpoint: Path | None) -> None:

@@ -6,12 +6,13 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reft_kernels.checkpoint import ADAPTER_FILE, BASE_FILE, CONFIG_FILE
-from reft_kernels.jobs.errors import UserError, user_errors
+from reft_kernels.jobs.errors import USER_ERRORS, UserError, user_errors
 
 LOG_FILE = "train_log.json"
 PREDICTIONS, CACHE = "predictions", "cache"
@@ -55,8 +56,9 @@ def remove_run(folder: Path) -> None:
 
 
 def adapter_bytes(folder: Path) -> int:
-    """Size of the adapter's files on disk."""
-    return sum((folder / name).stat().st_size for name in (CONFIG_FILE, ADAPTER_FILE))
+    """Size on disk of the adapter's files, those of a trained head or of LoRA among them."""
+    files = [folder / name for name in (CONFIG_FILE, ADAPTER_FILE, BASE_FILE)]
+    return sum(path.stat().st_size for path in files if path.exists())
 
 
 def write_log(folder: Path, log: dict[str, Any]) -> None:
@@ -65,20 +67,37 @@ def write_log(folder: Path, log: dict[str, Any]) -> None:
         write_atomically(folder / LOG_FILE, json.dumps(log, indent=1) + "\n")
 
 
+def read_log(path: Path) -> dict[str, Any]:
+    """What a train_log.json holds. Raises UserError naming the file where it is none."""
+    with user_errors(str(path), (*USER_ERRORS, RecursionError)):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def model_source(name: str) -> str:
+    """How a log names a model: the whole path of a folder, else the name on the hub."""
+    where = Path(name).expanduser()
+    return str(where.resolve()) if where.is_dir() else name
+
+
 def training_settings(adapter: Path | None) -> dict[str, Any]:
     """The settings that `train` logged beside the adapter, or beside the checkpoint's folder; {} without a log."""
     for folder in () if adapter is None else (adapter, adapter.resolve().parent):
         path = folder / LOG_FILE
         if path.is_file():
-            with user_errors(str(path)):
-                settings = json.loads(path.read_text(encoding="utf-8")).get("settings")
+            settings = read_log(path).get("settings")
             return settings if isinstance(settings, dict) else {}
     return {}
 
 
 def write_predictions(folder: Path, name: str, predictions: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a row to `predictions/NAME.jsonl`."""
-    path = folder / PREDICTIONS / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.jsonl"
+    """Writes one JSON object a row to `predictions/NAME.jsonl`, where NAME is `name` if that can be a file's name."""
+    safe = re.sub(r"[^\w.-]+", "_", name)[:60]
+    if safe != name:  # other names may become the same text
+        safe = f"{safe}-{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
+    path = folder / PREDICTIONS / f"{safe}.jsonl"
     with user_errors(f"--output {folder}"):
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in predictions))
 

@@ -1,7 +1,8 @@
 """Settings chosen on held-out rows by successive halving: many trials begin, and the better ones go on.
 
-After every epoch a trial is compared with what the others had at the same epoch, and one that is not among the best
-third is given up (Optuna's SuccessiveHalvingPruner). The rows that a job is reported on are not looked at.
+After its first, third, ninth (and so on) epoch a trial is compared with what the others had at the same epoch, and one
+that is not among the best third is given up (Optuna's SuccessiveHalvingPruner). The rows that a job is reported on are
+not looked at.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.run import make_job, run_job
-from reft_kernels.jobs.run_folder import write_atomically
+from reft_kernels.jobs.run_folder import model_source, read_log, write_atomically
 from reft_kernels.jobs.search_space import Space
 from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings
+from reft_kernels.training.markdown import cell
 
 if TYPE_CHECKING:
     import optuna
@@ -54,18 +56,18 @@ def search(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if settings.held_out == "none":
-        settings = settings.changed({"held_out": "share:0.1"})
+        with user_errors("settings"):
+            settings = settings.changed({"held_out": "share:0.1"})
     metric, more_is_better = make_job(settings).best
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
-    _check_same_search(folder, settings, space)
+    _check_same_search(folder, settings, space, options)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL_FILE)))
     study = optuna.create_study(
         study_name="search",
         storage=storage,
         load_if_exists=True,
         direction="maximize" if more_is_better else "minimize",
-        sampler=optuna.samplers.TPESampler(seed=settings.seed),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION),
     )
     begin = time.perf_counter()
@@ -73,6 +75,8 @@ def search(
     while (number := len(study.get_trials(states=ended))) < trials:
         if seconds is not None and time.perf_counter() - begin > seconds:
             break
+        # Of the trial's number, so that a search that goes on does not draw again what it began with.
+        study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.get_trials(deepcopy=False)))
         trial = study.ask()
         chosen = {name: part.suggest(trial, name) for name, part in space.items()}
         say(f"[{number + 1}/{trials}] " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
@@ -106,6 +110,8 @@ def _run_trial(
     try:
         try:
             log = run_job(settings.changed(chosen), quiet, callbacks=[watcher], evaluate=False, say=_unsaid)
+            if watcher.value is None:
+                raise UserError(f"held-out rows gave no {metric}")
         except optuna.TrialPruned:
             say(f"  given up after {watcher.epochs} epochs, {metric} {watcher.value:.4f}")
             study.tell(trial, state=state.PRUNED)
@@ -118,10 +124,11 @@ def _run_trial(
         for name in ("ms_per_step", "seconds", "peak_memory_gib"):
             trial.set_user_attr(name, log.get(name))
         trial.set_user_attr("parameters", log["parameters"]["trained"] - log["parameters"]["head"])
-        if watcher.value is None:
-            raise UserError(f"held-out rows gave no {metric}")
-        study.tell(trial, watcher.value)
-        say(f"  {metric} {watcher.value:.4f}, {log['parameters']['trained']:,} parameters, {log['seconds']:.0f} s")
+        value = watcher.value
+        if log["settings"]["best_epoch"]:  # which the adapter would be of
+            value = (max if study.direction.name == "MAXIMIZE" else min)(watcher.values)
+        study.tell(trial, value)
+        say(f"  {metric} {value:.4f}, {log['parameters']['trained']:,} parameters, {log['seconds']:.0f} s")
     finally:
         shutil.rmtree(options.output, ignore_errors=True)
 
@@ -140,29 +147,38 @@ def _watcher(trial: optuna.Trial, metric: str) -> Any:
         epochs = 0
         value: float | None = None
 
+        def __init__(self) -> None:
+            self.values: list[float] = []
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs is None or metric not in logs:
                 return
             self.epochs = max(1, round(state.epoch))
             self.value = float(logs[metric])
+            self.values.append(self.value)
             trial.report(self.value, self.epochs)
-            if self.epochs < args.num_train_epochs and trial.should_prune():
+            if state.global_step < state.max_steps and trial.should_prune():
                 raise optuna.TrialPruned
 
     return Watcher()
 
 
-def _check_same_search(folder: Path, settings: JobSettings, space: Space) -> None:
-    """Raises UserError where the folder's trials are of other settings or another space."""
-    own = {"settings": settings.as_dict(), "space": {name: repr(part) for name, part in space.items()}}
+def _check_same_search(folder: Path, settings: JobSettings, space: Space, options: RunOptions) -> None:
+    """Raises UserError where the folder's trials are of another model, of other settings or of another space."""
+    own = {
+        "settings": {**settings.as_dict(), "model": model_source(options.model), "dtype": options.dtype},
+        "space": {name: repr(part) for name, part in space.items()},
+    }
     path = folder / "search_settings.json"
     if not path.is_file():
         if any(folder.iterdir()):
             raise UserError(f"--output {folder}: the folder is in use, and holds no search to go on with")
         write_atomically(path, json.dumps(own, indent=1) + "\n")
         return
-    if json.loads(path.read_text(encoding="utf-8")) != own:
-        raise UserError(f"--output {folder}: holds a search with other settings or another space; name another folder")
+    if read_log(path) != own:
+        raise UserError(
+            f"--output {folder}: holds a search of another model, other settings or another space; name another folder"
+        )
 
 
 def summary(study: optuna.Study, metric: str, settings: JobSettings) -> dict[str, Any]:
@@ -213,7 +229,7 @@ def table(results: Mapping[str, Any]) -> str:
     head = [results["metric"].removeprefix("eval_"), *names, "parameters", "ms/step"]
     lines = [head, ["---"] * len(head)]
     for trial in trials:
-        values = [_text(trial["settings"].get(name)) for name in names]
+        values = [cell(_text(trial["settings"].get(name))) for name in names]
         lines.append([f"{trial['value']:.4f}", *values, f"{trial['parameters']:,}", f"{trial['ms_per_step']:.0f}"])
     states = [trial["state"] for trial in results["trials"]]
     counts = ", ".join(f"{states.count(state)} {word}" for state, word in

@@ -9,12 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Option:
-    """How a setting is read: its type, its least value, its choices, and what `--help` says of it."""
+    """How a setting is read: its type, its least and greatest value, its choices, and what `--help` says of it."""
 
     kind: type
     help: str
     group: str
     minimum: float | None = None
+    maximum: float | None = None
     choices: tuple[str, ...] = ()
     metavar: str = ""
     many: bool = False
@@ -43,6 +44,8 @@ class Option:
             raise ValueError(f"{name} must be a finite number, got {value}")
         if self.minimum is not None and isinstance(value, (int, float)) and value < self.minimum:
             raise ValueError(f"{name} must be at least {self.minimum}, got {value}")
+        if self.maximum is not None and isinstance(value, (int, float)) and value > self.maximum:
+            raise ValueError(f"{name} must be at most {self.maximum}, got {value}")
         if self.choices and value not in self.choices:
             raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
         return value

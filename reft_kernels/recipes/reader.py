@@ -45,7 +45,7 @@ def read_recipes(path: str | Path) -> dict[str, Recipe]:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, Mapping) or not set(content) & {"recipes", "family"}:
         raise ValueError(f'{path}: expected an object with "recipes"')
@@ -99,10 +99,14 @@ def _recipe(name: str, entries: Mapping[str, Any], *, own: bool) -> Recipe:
         if at not in entries:
             if own:
                 raise ValueError(f"recipe {name!r} extends {at!r}, which is not there")
-            base = find_recipe(at)
+            if at not in list_recipes():
+                raise ValueError(f"recipe {name!r} extends {at!r}, which is neither in the file nor in the package")
+            base = list_recipes()[at]
             chain.append({"seeds": base.seeds, "settings": base.values, "title": base.title, "source": base.source})
             break
         entry = entries[at]
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("settings", {}), Mapping):
+            raise ValueError(f"recipe {at!r} must be an object with settings, got {entry!r}")
         if unknown := set(entry) - _FIELDS:
             raise ValueError(f"recipe {at!r} has unknown fields: {', '.join(sorted(unknown))}")
         chain.append(entry)
@@ -132,8 +136,8 @@ def _family(family: Mapping[str, Any]) -> dict[str, Any]:
         for index, task in enumerate(tasks):
             own = {name: column[index] for name, column in columns.items()}
             settings = {"glue": task, **family["settings"], **variant["settings"], **own}
-            entries[family["name"].format(task=task) + ending] = {
-                "title": variant["title"].format(task=task),
+            entries[_filled(family["name"], task) + ending] = {
+                "title": _filled(variant["title"], task),
                 "source": variant["source"],
                 "seeds": family["seeds"],
                 "settings": {name: _filled(value, task) for name, value in settings.items()},

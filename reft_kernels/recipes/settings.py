@@ -37,19 +37,19 @@ class JobSettings:
         choices=("language", "classification"),
     )
     style: str = _option(
-        "commonsense",
+        "plain",
         str,
         "task",
-        "how a row becomes prompt and target: commonsense, cloze (the option's text, not its name), math, gsm8k, "
-        "alpaca, memorise or chat",
+        "how a row becomes prompt and target: plain (the row as it is), commonsense, cloze (the option's text, not its "
+        "name), math, gsm8k, alpaca, memorise or chat",
         metavar="NAME",
     )
     template: str | None = _option(
         None,
         str,
         "task",
-        'the prompt instead of the style\'s: "%s" is the instruction (and, after a blank line, the input); \\n is a '
-        "line break",
+        "the prompt instead of the style's, of a chat the user's turn: \"%s\" is the instruction (and, after a blank "
+        "line, the input); \\n is a line break",
         metavar="TEXT",
         optional=True,
     )
@@ -70,21 +70,27 @@ class JobSettings:
         "likelihoods to rank by: of the whole answer, of its tokens or of its bytes",
         choices=("none", "token", "byte"),
     )
-    rule: str = _option(
-        "commonsense",
+    rule: str | None = _option(
+        None,
         str,
         "task",
         "which part of a generated text is the answer, and when it is right: commonsense (the text after the trigger), "
-        "math (the last number, or a letter) or gsm8k",
+        "math (the last number, or a letter) or gsm8k (default: the style's, commonsense for styles without one)",
         metavar="NAME",
+        optional=True,
     )
     trigger: str | None = _option(
-        None, str, "task", "text that the answer follows, instead of the rule's", metavar="TEXT", optional=True
+        None,
+        str,
+        "task",
+        "text that the answer follows, instead of the rule's; in targets too, where the style has one",
+        metavar="TEXT",
+        optional=True,
     )
     max_new_tokens: int = _option(32, int, "task", "longest continuation, in tokens", minimum=1, metavar="N")
     num_beams: int = _option(1, int, "task", "beams of the generation", minimum=1, metavar="N")
     temperature: float = _option(0.0, float, "task", "0 is greedy, above 0 samples", minimum=0, metavar="T")
-    top_p: float = _option(1.0, float, "task", "when sampling", minimum=0, metavar="P")
+    top_p: float = _option(1.0, float, "task", "when sampling", minimum=0, maximum=1, metavar="P")
     top_k: int = _option(0, int, "task", "when sampling; 0 is all", minimum=0, metavar="K")
     no_repeat_ngram_size: int = _option(0, int, "task", "no run of so many tokens twice", minimum=0, metavar="N")
     repetition_penalty: float = _option(1.0, float, "task", "of generation", minimum=0, metavar="X")
@@ -260,6 +266,10 @@ class JobSettings:
             object.__setattr__(self, name, option.check(name, getattr(self, name)))
         if self.template is not None and self.template.count("%s") != 1:
             raise ValueError(f'template must hold "%s" exactly once, got {self.template!r}')
+        if self.repetition_penalty == 0:
+            raise ValueError("repetition_penalty must be above 0, got 0.0")
+        if self.epochs == 0 and self.max_steps is None:
+            raise ValueError("epochs must be above 0 where max_steps is not given, got 0.0")
         if self.subspaces and len(self.subspaces) != len(self.data):
             raise ValueError(f"subspaces must be one for each of data ({len(self.data)}), got {len(self.subspaces)}")
         for text in self.subspaces:
@@ -268,19 +278,31 @@ class JobSettings:
             self._check_streaming()
         if (self.task == "classification") != (self.glue is not None):
             raise ValueError(f"glue must be named for a classification and for nothing else, got {self.glue!r}")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Raises ValueError where one setting would leave another without effect, or cannot go with it."""
+        if self.held_out == "glue" and self.task != "classification":
+            raise ValueError(
+                'held_out \'glue\' is for classifications, others hold out "last:N", "count:N" or "share:X"'
+            )
+        if self.subspaces and self.method != "loreft":
+            raise ValueError(f"subspaces are of the method loreft, not of {self.method}")
+        for name, others in (
+            ("cache_frozen", ("packing", "gradient_checkpointing", "compile")),
+            ("subspaces", ("packing",)),
+        ):
+            for other in others:
+                if all(getattr(self, one) != default_of(one) for one in (name, other)):
+                    raise ValueError(f"{name} does not go with {other}")
 
     def _check_streaming(self) -> None:
         if self.max_steps is None:
             raise ValueError("streaming needs max_steps, as nobody knows where an epoch ends")
         if len(self.data) != 1:
             raise ValueError(f"streaming reads one source, got {len(self.data)} as data")
-        for name, harmless in (
-            ("held_out", "none"),
-            ("group_by_length", False),
-            ("subspaces", ()),
-            ("task", "language"),
-        ):
-            if getattr(self, name) != harmless:
+        for name in ("held_out", "group_by_length", "subspaces", "task"):
+            if getattr(self, name) != default_of(name):
                 raise ValueError(f"streaming does not go with {name} {getattr(self, name)!r}")
 
     @classmethod
@@ -310,6 +332,11 @@ def read_subspace(text: str) -> tuple[int, ...]:
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(JobSettings)}
+
+
+def default_of(name: str) -> Any:
+    """The value of a setting that nobody gives."""
+    return JobSettings.__dataclass_fields__[name].default
 
 
 def option_named(name: str) -> Option:

@@ -11,6 +11,7 @@ import reft_kernels
 from reft_kernels.folders import replace_files
 from reft_kernels.model import ReftModel
 from reft_kernels.modules import inner_model
+from reft_kernels.training.markdown import cell, plain
 from reft_kernels.training.report_page import flat
 
 CARD_FILE = "README.md"
@@ -75,9 +76,9 @@ def write_card(
             _front_matter(base_model, data, base, kinds, tags),
             MARK,
             "",
-            f"# {_plain(title or Path(folder).resolve().name)}",
+            f"# {plain(title or Path(folder).resolve().name)}",
             "",
-            f"An adapter of representation finetuning (ReFT) for {_plain(base_model)}: the base model stays frozen, "
+            f"An adapter of representation finetuning (ReFT) for {plain(base_model)}: the base model stays frozen, "
             "and hidden states are edited at some layers and positions.",
             "",
             "## Use",
@@ -171,19 +172,8 @@ def _usage(base: Any, base_model: str) -> str:
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = [f"| {_cell(name)} | {_cell(text)} |" for name, text in flat(values)]
+    rows = [f"| {cell(name)} | {cell(text)} |" for name, text in flat(values)]
     return "\n".join(["| | |", "|---|---|", *rows])
-
-
-def _cell(text: str) -> str:
-    return _plain(text).replace("|", "\\|")
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown and HTML take for nothing but text, on one line."""
-    text = text.replace("\n", "⏎").replace("\r", "")
-    text = re.sub(r"([\\`*_\[\]~#])", r"\\\1", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _yaml(text: str) -> str:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from reft_kernels.training.buckets import Buckets
 from reft_kernels.training.collators import LOCATIONS, add_locations, pad_locations
 from reft_kernels.training.item_layout import IGNORE_INDEX, ItemLayout
-from reft_kernels.training.sources import SkippedRows, parse_rows
+from reft_kernels.training.sources import SkippedRows, check_text, parse_rows
 from reft_kernels.training.subspaces import checked_subspaces, read_subspaces
 from reft_kernels.training.token_cache import cached_table
 from reft_kernels.training.tokens import encode_prompts as encode_prompts
@@ -76,7 +76,7 @@ def parse_row(row: object, where: str, *, needs_output: bool = True) -> Example:
             return str(value)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{where}: field {name!r} must be text, got {type(value).__name__}")
-        return value
+        return value if value is None else check_text(value, f"{where}: field {name!r}")
 
     example = Example(
         text("instruction") or "",

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from reft_kernels.training.collators import LOCATIONS, ReftDataCollator
 from reft_kernels.training.item_layout import position_spans, span_locations
 from reft_kernels.training.metrics import compute_metrics
+from reft_kernels.training.sources import check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,8 +144,9 @@ class GlueDataset(Dataset[dict[str, Any]]):
         if not len(rows):
             raise ValueError(f"no rows of {self.task.name}")
         spans = position_spans([representation.positions for representation in reft_model.representations])
-        texts = [_texts(row, number, self.task) for number, row in enumerate(rows)]
-        labels = [_label(row, number, self.task) for number, row in enumerate(rows)] if labelled else None
+        places = [f"{self.task.name}, row {number}" for number in range(len(rows))]
+        texts = [_texts(row, where, self.task) for row, where in zip(rows, places, strict=True)]
+        labels = [_label(row, where, self.task) for row, where in zip(rows, places, strict=True)] if labelled else None
         special = tokenizer.num_special_tokens_to_add(pair=len(self.task.fields) == 2)
         if max_length <= special:
             raise ValueError(f"max_length must be more than the {special} special tokens of a text, got {max_length}")
@@ -181,8 +183,15 @@ class GlueDataset(Dataset[dict[str, Any]]):
         return [len(item["input_ids"]) for item in self.items]
 
 
-def _texts(row: Mapping[str, Any], number: int, task: GlueTask) -> tuple[str, ...]:
-    where = f"{task.name}, row {number}"
+def check_glue_row(row: Mapping[str, Any], where: str, task: str | GlueTask) -> Mapping[str, Any]:
+    """The row, if GlueDataset takes it. Raises ValueError, which starts with `where`, for a bad text or label."""
+    task = glue_task(task)
+    _texts(row, where, task)
+    _label(row, where, task)
+    return row
+
+
+def _texts(row: Mapping[str, Any], where: str, task: GlueTask) -> tuple[str, ...]:
     plain = PLAIN_FIELDS[: len(task.fields)]
     fields = next((names for names in (task.fields, plain) if all(name in row for name in names)), None)
     if fields is None:
@@ -193,11 +202,11 @@ def _texts(row: Mapping[str, Any], number: int, task: GlueTask) -> tuple[str, ..
             raise ValueError(f"{where}: field {name!r} must be text, got {type(row[name]).__name__}")
         if not row[name].strip():
             raise ValueError(f"{where}: field {name!r} is empty")
+        check_text(row[name], f"{where}: field {name!r}")
     return tuple(row[name] for name in fields)
 
 
-def _label(row: Mapping[str, Any], number: int, task: GlueTask) -> int | float:
-    where = f"{task.name}, row {number}"
+def _label(row: Mapping[str, Any], where: str, task: GlueTask) -> int | float:
     label = row.get("label")
     if label is None:
         raise ValueError(f"{where}: field 'label' is missing (fields there: {', '.join(map(str, row)) or 'none'})")

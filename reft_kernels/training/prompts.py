@@ -7,7 +7,7 @@ A style says what stands around the instruction and what is done to the output. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,7 @@ class PromptStyle:
 
 PROMPT_STYLES: Mapping[str, PromptStyle] = MappingProxyType(
     {
+        "plain": PromptStyle(DEFAULT_TEMPLATE),
         "commonsense": PromptStyle(DEFAULT_TEMPLATE, trigger=COMMONSENSE_TRIGGER),
         "cloze": PromptStyle("Question: %s\nAnswer:", before_target=" "),
         "math": PromptStyle(WITHOUT_INPUT, WITH_INPUT),
@@ -100,17 +101,26 @@ PROMPT_STYLES: Mapping[str, PromptStyle] = MappingProxyType(
         "chat": PromptStyle(chat=True),
     }
 )
-"""The styles by name. gsm8k keeps the calculator marks (`<<48/2=24>>`) of an output, and the space that follows `####`,
-as pyreft does."""
+"""The styles by name. plain changes nothing of an output; gsm8k keeps its calculator marks (`<<48/2=24>>`), and the
+space that follows `####`, as pyreft does."""
 
 
-def prompt_style(style: str | PromptStyle) -> PromptStyle:
-    """The style of a name; a style is returned as it is. Raises ValueError for an unknown name."""
-    if isinstance(style, PromptStyle):
-        return style
-    if style not in PROMPT_STYLES:
-        raise ValueError(f"style must be one of {', '.join(PROMPT_STYLES)}, got {style!r}")
-    return PROMPT_STYLES[style]
+def prompt_style(style: str | PromptStyle, *, template: str | None = None, trigger: str | None = None) -> PromptStyle:
+    """The style of a name; a style is returned as it is.
+
+    Args:
+        template: another template in the place of the style's own, for rows with and without an input.
+        trigger: another trigger in the place of the style's own; a style without one stays without.
+
+    Raises ValueError for an unknown name, and a template that does not hold its `%s`.
+    """
+    if not isinstance(style, PromptStyle):
+        if style not in PROMPT_STYLES:
+            raise ValueError(f"style must be one of {', '.join(PROMPT_STYLES)}, got {style!r}")
+        style = PROMPT_STYLES[style]
+    if template is not None:
+        style = replace(style, template=template, template_with_input=None)
+    return replace(style, trigger=trigger) if trigger is not None and style.trigger else style
 
 
 def prompt_and_target(

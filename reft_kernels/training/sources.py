@@ -6,6 +6,7 @@ that an error can name it.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import re
@@ -25,6 +26,7 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _PARQUET_ROWS = 1024
+_ENCODING = "utf-8-sig"  # editors on Windows put a mark in front
 
 Parsed = TypeVar("Parsed")
 
@@ -134,6 +136,18 @@ def is_hub_name(source: str | Path) -> bool:
     return not (looks_like_path or path.exists() or text.endswith((*SUFFIXES, ".gz")))
 
 
+def check_text(text: str, what: str) -> str:
+    """The text. Raises ValueError, which starts with `what`, where it holds half of a UTF-16 pair.
+
+    No tokenizer takes it. JSON can hold one as an escape, where a text was cut within a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} holds half a character ({text[error.start]!a} at {error.start})") from None
+    return text
+
+
 class _Bad(NamedTuple):
     """What stands in the place of a row that cannot be decoded."""
 
@@ -226,6 +240,8 @@ def _open(path: Path) -> IO[bytes]:
 
 def _starts_an_array(path: Path, file: IO[bytes]) -> bool:
     with _gzip_errors(path, "its start"):
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         while (first := file.read(1)).isspace():
             pass
         file.seek(0)
@@ -247,22 +263,26 @@ def _items_of_lines(path: Path, file: IO[bytes]) -> Iterator[_Item]:
 
 def _decode(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode(_ENCODING))
     except UnicodeDecodeError as error:
         return _Bad(ValueError(f"{where}: not UTF-8 text (byte {error.start})"))
     except json.JSONDecodeError as error:
         return _Bad(ValueError(f"{where}: not valid JSON, {error.msg} (column {error.colno})"))
+    except RecursionError:
+        return _Bad(ValueError(f"{where}: brackets inside brackets, too deep to be read"))
 
 
 def _items_of_array(path: Path, file: IO[bytes]) -> Iterator[_Item]:
     with _gzip_errors(path, "its start"):
         text = file.read()
     try:
-        rows: list[Any] = json.loads(text.decode("utf-8"))
+        rows: list[Any] = json.loads(text.decode(_ENCODING))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON, {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: brackets inside brackets, too deep to be read") from None
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
 
