@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reft_kernels.jobs import processes
 from reft_kernels.jobs.errors import UserError, user_errors
 
 if TYPE_CHECKING:
@@ -16,14 +17,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def choose_device(name: str) -> str:
-    """The device that --device names. Raises UserError where there is none."""
+    """The device that --device names, of several processes each its own. Raises UserError where there is none."""
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and not processes.on_cpu() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
-    return name
+    return processes.local_gpu() if name == "cuda" else name
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from reft_kernels.jobs import processes
 from reft_kernels.jobs.adapters import trained_heads
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.forward_passes import predict
@@ -39,6 +40,7 @@ class ClassificationJob:
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
+        self.share = processes.share
         for name in ("cache_frozen", "packing", "pad_to"):
             if getattr(settings, name) != JobSettings.__dataclass_fields__[name].default:
                 raise UserError(f"--{name.replace('_', '-')}: is for language models, not for classifications")
@@ -118,7 +120,9 @@ class ClassificationJob:
     def _score(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, progress: bool) -> Scores:
         with user_errors("--eval-data"):
             dataset = GlueDataset(tokenizer, model, rows, self.task, max_length=self.settings.max_length)
-        logits, labels = predict(model, dataset, glue_collator(tokenizer), self.settings.eval_batch_size, progress)
+        logits, labels = predict(
+            model, dataset, glue_collator(tokenizer), self.settings.eval_batch_size, progress, self.share
+        )
         metrics = self.task.compute_metrics()((logits, labels))
         chosen = logits.reshape(len(rows), -1)
         answers = chosen[:, 0] if self.regression else chosen.argmax(-1)

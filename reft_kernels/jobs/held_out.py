@@ -1,30 +1,58 @@
-"""Accuracy on held-out rows after every epoch of a language model's training."""
+"""Loss and accuracy on held-out rows after every epoch of a language model's training."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import torch
+
+from reft_kernels.jobs import processes
+from reft_kernels.jobs.forward_passes import Chosen, Share, batches_by_length, count_targets, mean_of
 from reft_kernels.training.causal_lm import ReftTrainerForCausalLM
 
 
 class ScoringTrainer(ReftTrainerForCausalLM):
-    """ReftTrainerForCausalLM whose `evaluate` adds what a job's own way of scoring gives on the held-out rows.
+    """ReftTrainerForCausalLM whose `evaluate` gives the mean loss over all held-out tokens (Trainer's is a mean of
+    batches' means, another number for other batches), and what a job's own way of scoring gives.
 
     Args:
         score: gives metrics by name; None for the loss alone.
+        share: shares batches among processes.
     """
 
-    def __init__(self, *args: Any, score: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, score: Any = None, share: Share = processes.share, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.score = score
+        self.share = share
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As Trainer.evaluate, with `eval_accuracy` and its like."""
-        found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        """As Trainer.evaluate: `eval_loss`, `eval_accuracy` and its like, and the time that it took."""
+        del ignore_keys
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        start = time.perf_counter()
+        batches = batches_by_length(dataset, self.args.per_device_eval_batch_size)
+        found = {"loss": mean_of(self.share(batches, lambda chosen: self._sums(dataset, chosen)))}
         if self.score is not None:
-            added = {f"{metric_key_prefix}_{name}": value for name, value in self.score(self.model).items()}
-            self.log(dict(added))
-            found |= added
+            found |= self.score(self.model)
+        seconds = time.perf_counter() - start
+        found |= {"runtime": seconds, "samples_per_second": len(dataset) / seconds}
+        named = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(dict(named))
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def _sums(self, dataset: Any, chosen: list[Chosen]) -> list[tuple[float, int]]:
+        """The sum of the losses, and the number of targets, of each batch."""
+        found = []
+        self.model.eval()
+        with torch.no_grad():
+            for indices in chosen:
+                inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
+                count = count_targets(inputs["labels"])
+                with self.compute_loss_context_manager():
+                    loss = float(self.compute_loss(self.model, inputs)) if count else 0.0
+                found.append((loss * count, count))
         return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from reft_kernels.jobs import processes
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.forward_passes import mean_loss
 from reft_kernels.jobs.held_out import ScoringTrainer
@@ -17,10 +19,17 @@ from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings, read_subspace
 from reft_kernels.training.answers import AnswerRule, TextAfterTrigger, answer_rule
-from reft_kernels.training.choices import Normalise, evaluate_choices
+from reft_kernels.training.choices import Normalise, answer_choices, evaluate_choices
 from reft_kernels.training.cloze import ClozeExample, as_cloze
-from reft_kernels.training.data import Example, SupervisedCollator, SupervisedDataset, pad_token_id, parse_row
-from reft_kernels.training.evaluate import evaluate_accuracy
+from reft_kernels.training.data import (
+    Example,
+    SupervisedCollator,
+    SupervisedDataset,
+    encode_prompts,
+    pad_token_id,
+    parse_row,
+)
+from reft_kernels.training.evaluate import Prediction, evaluate_accuracy
 from reft_kernels.training.frozen_cache import FrozenCache
 from reft_kernels.training.memorisation import recite
 from reft_kernels.training.packing import PackedCollator
@@ -50,6 +59,7 @@ class LanguageJob:
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
+        self.share = processes.share
         with user_errors("--style"):
             style = prompt_style(settings.style)
             self.style = style if settings.template is None else PromptStyle(settings.template, trigger=style.trigger)
@@ -80,6 +90,8 @@ class LanguageJob:
             self._subspace = {id(example): s for part, s in zip(parts, ranges, strict=True) for example in part}
         with user_errors("--held-out"):
             self.train, self.held_out = hold_out_rows(self.train, settings.held_out, settings.seed)
+            for example in self.held_out:
+                self._check_answer(example)
         self.read_evaluated()
 
     def read_evaluated(self) -> None:
@@ -98,7 +110,22 @@ class LanguageJob:
         self.evaluated = dict(zip(source_names(settings.eval_data), parts, strict=True))
 
     def _scored_row(self, row: Row) -> Example:
-        return self._row(row, needs_output=self.settings.evaluation in ("loss", "recite"))
+        example = self._row(row, needs_output=self.settings.evaluation in ("loss", "recite"))
+        try:
+            self._check_answer(example)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
+        return example
+
+    def _check_answer(self, example: Example) -> None:
+        """Raises ValueError for a row whose answer could not be scored: before the training, not after it."""
+        if not self._answers:
+            return
+        gold = self.rule.of_row(example.output).gold(example.answer, example.output)
+        if self.settings.evaluation == "rank":
+            offered = example.choices if isinstance(example, ClozeExample) else answer_choices(example.instruction)
+            if not any(self.rule.match(choice, gold) for choice in offered):
+                raise ValueError(f"the answer {gold!r} is none of its choices {', '.join(offered)}")
 
     def _row(self, row: Row, needs_output: bool) -> Example:
         example = parse_row(row.fields, row.where, needs_output=needs_output)
@@ -123,7 +150,7 @@ class LanguageJob:
     ) -> dict[str, Any]:
         """Further arguments of the trainer."""
         settings = self.settings
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"share": self.share}
         if self._answers and self.held_out:
             more["score"] = lambda model: self.evaluate_held_out(model, tokenizer).metrics
         if settings.cache_frozen != "none":
@@ -228,42 +255,69 @@ class LanguageJob:
             with user_errors("--eval-data"):
                 dataset = self._dataset(examples, tokenizer, model, trained=False)
             collate = SupervisedCollator(pad_token_id(tokenizer))
-            loss = mean_loss(model, dataset, collate, settings.eval_batch_size, progress)
+            loss = mean_loss(model, dataset, collate, settings.eval_batch_size, progress, self.share)
             return Scores({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, len(dataset))
         if settings.evaluation == "recite":
-            found = [self._recite(model, tokenizer, one) for one in examples]
+            found = self.share(examples, lambda part: [self._recite(model, tokenizer, one) for one in part])
             lengths, shares = [one["tokens"] for one in found], [one["share"] for one in found]
             metrics = {"recited_share": sum(shares) / len(found), "recited_tokens": sum(lengths) / len(found)}
             return Scores(metrics, len(found), found)
         if settings.evaluation == "rank":
-            result = evaluate_choices(
-                model,
-                tokenizer,
-                examples,
-                choices=[one.choices for one in examples if isinstance(one, ClozeExample)] or None,
-                style=self.style,
-                rule=self.rule,
-                normalise=cast(Normalise, settings.normalise),
-                batch_size=settings.eval_batch_size,
-                progress=progress,
-            )
-            return Scores({"accuracy": result.accuracy}, result.total, [asdict(one) for one in result.predictions])
+            said = self._said(tokenizer, examples, lambda part: self._ranked(model, tokenizer, part, progress))
+            return Scores({"accuracy": sum(one["correct"] for one in said) / len(said)}, len(said), said)
         if settings.evaluation == "generate":
-            result = evaluate_accuracy(
-                model,
-                tokenizer,
-                examples,
-                style=self.style,
-                rule=self.rule,
-                batch_size=settings.eval_batch_size,
-                progress=progress,
-                **self.generation(),
-            )
-            said = [asdict(one) for one in result.predictions]
-            return Scores(
-                {"accuracy": result.accuracy, "unanswered": result.unanswered / result.total}, len(said), said
-            )
+            said = self._said(tokenizer, examples, lambda part: self._generated(model, tokenizer, part, progress))
+            counts = {
+                "accuracy": sum(one["correct"] for one in said),
+                "unanswered": sum(not one["answer"] for one in said),
+            }
+            return Scores({name: number / len(said) for name, number in counts.items()}, len(said), said)
         raise UserError(f"--evaluation {settings.evaluation}: nothing to do")
+
+    def _said(
+        self, tokenizer: PreTrainedTokenizerBase, examples: list[Example], score: Callable[[list[Example]], list[Any]]
+    ) -> list[dict[str, Any]]:
+        """What is said to each row, which processes share in the batches that one would make."""
+
+        def lengths() -> list[int]:
+            prompts = [
+                prompt_and_target(one.instruction, one.input, style=self.style, tokenizer=tokenizer)[0]
+                for one in examples
+            ]
+            return [len(ids) for ids in encode_prompts(tokenizer, prompts)]
+
+        with user_errors("--eval-data", (ValueError,)):
+            found = self.share(examples, score, lengths=lengths, block=self.settings.eval_batch_size)
+        return [asdict(one) for one in found]
+
+    def _ranked(
+        self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], progress: bool
+    ) -> list[Prediction]:
+        return evaluate_choices(
+            model,
+            tokenizer,
+            examples,
+            choices=[one.choices for one in examples if isinstance(one, ClozeExample)] or None,
+            style=self.style,
+            rule=self.rule,
+            normalise=cast(Normalise, self.settings.normalise),
+            batch_size=self.settings.eval_batch_size,
+            progress=progress,
+        ).predictions
+
+    def _generated(
+        self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], progress: bool
+    ) -> list[Prediction]:
+        return evaluate_accuracy(
+            model,
+            tokenizer,
+            examples,
+            style=self.style,
+            rule=self.rule,
+            batch_size=self.settings.eval_batch_size,
+            progress=progress,
+            **self.generation(),
+        ).predictions
 
     def _recite(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, one: Example) -> dict[str, Any]:
         prompt, target = prompt_and_target(

@@ -79,6 +79,7 @@ def training_arguments(
         disable_tqdm=not options.progress,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device != "cpu",
+        ddp_find_unused_parameters=False,
         report_to=list(options.report_to) or "none",
         **more,
     )

@@ -238,6 +238,11 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         if self.args.should_save:
             save_beside(self.model, Path(output_dir if output_dir is not None else self.args.output_dir))
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process marks the checkpoint as complete next; the states of the others are parts of it.
+        self.accelerator.wait_for_everyone()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load(resume_from_checkpoint)
 
