@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if processes.says_errors():
             print(f"reft_kernels {command}: error: {error}", file=sys.stderr)
+        if error.everywhere:
+            processes.finish()
         return 2
     except KeyboardInterrupt as stop:
         if processes.is_first():

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 
-# What torch.save says where a file cannot be written to its end; it does not pass on the system's error.
-_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos")
 USER_ERRORS = (ValueError, TypeError, KeyError, ImportError, OSError)
 
 
 class UserError(Exception):
-    """Something the user gave is wrong; the message is one sentence that names it."""
+    """Something the user gave is wrong; the message is one sentence that names it.
+
+    Attributes:
+        everywhere: every process of the job raises one now.
+    """
+
+    everywhere = False
 
 
 @contextmanager
@@ -33,9 +38,17 @@ def write_errors(what: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{what}: {_first_line(error)}") from error
     except RuntimeError as error:
-        if not any(words in str(error) for words in _TORCH_CANNOT_WRITE):
+        if not _is_of_torch_save(error):
             raise
         raise UserError(f"{what}: torch.save could not write a file to its end (is the disk full?)") from error
+
+
+def _is_of_torch_save(error: RuntimeError) -> bool:
+    """Whether an error came up in torch.save, which says many things of a full disk, but not the system's error."""
+    import torch.serialization
+
+    codes = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    return any(code.co_filename == torch.serialization.__file__ and code.co_name == "save" for code in codes)
 
 
 def _first_line(error: Exception) -> str:

@@ -54,6 +54,17 @@ def finish() -> None:
         state.destroy_process_group()
 
 
+@contextmanager
+def lost_ones() -> Iterator[None]:
+    """Says in one sentence that another process has ended, where gloo says it with a connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        if count() == 1 or "by peer" not in str(error):
+            raise
+        raise UserError("another process of this job has ended") from error
+
+
 def count() -> int:
     """How many processes have been joined."""
     import torch.distributed as dist
@@ -100,12 +111,13 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:  # told to the others first
         failed = error
-    messages = gather(None if failed is None else _words(failed))
+    for index, message in enumerate(gather(None if failed is None else _words(failed))):
+        if message is not None and failed is None:
+            failed = UserError(f"process {index}: {message}")
+    if isinstance(failed, UserError):
+        failed.everywhere = True
     if failed is not None:
         raise failed
-    for index, message in enumerate(messages):
-        if message is not None:
-            raise UserError(f"process {index}: {message}")
 
 
 def _words(error: Exception) -> str:

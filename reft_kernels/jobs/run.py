@@ -90,7 +90,8 @@ def run_job(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
     try:
-        return _carry_out(run, callbacks, evaluate)
+        with processes.lost_ones():
+            return _carry_out(run, callbacks, evaluate)
     except (KeyboardInterrupt, UserError) as error:
         if processes.is_first():
             remove_unfinished(options.output)
@@ -169,18 +170,20 @@ def _carry_out(run: _Run, callbacks: Sequence[Any], evaluate: bool) -> dict[str,
         if cache is not None:
             log["frozen_cache"] = {**asdict(cache.stats), "saved_fraction": cache.stats.saved_fraction}
         log |= describe_training(trainer, clock, speed)
-        if processes.is_first():
-            log["adapter_bytes"] = adapter_bytes(folder)
-            say_training(log, speed, folder, say)
-            write_log(folder, log)
+        with processes.together():
+            if processes.is_first():
+                log["adapter_bytes"] = adapter_bytes(folder)
+                say_training(log, speed, folder, say)
+                write_log(folder, log)
     log["results"] = _evaluate(run) if evaluate else {}
     log["finished"] = True
-    if processes.is_first():
-        write_log(folder, log)
-        if options.report and history:
-            with user_errors(f"--output {folder}", (OSError,)):
-                _write_pages(folder, log, reft_model, history)
-            say(f"report   {folder / 'report.html'}")
+    with processes.together():
+        if processes.is_first():
+            write_log(folder, log)
+            if options.report and history:
+                with user_errors(f"--output {folder}", (OSError,)):
+                    _write_pages(folder, log, reft_model, history)
+                say(f"report   {folder / 'report.html'}")
     return log
 
 
@@ -235,8 +238,9 @@ def _evaluate(run: _Run) -> dict[str, Any]:
         start = time.perf_counter()
         scores = job.evaluate(run.reft_model, run.tokenizer, name, progress=run.options.progress)
         results[name] = {**scores.metrics, "rows": scores.rows, "seconds": time.perf_counter() - start}
-        if scores.predictions and processes.is_first():
-            write_predictions(run.options.output, name, scores.predictions)
+        with processes.together():
+            if scores.predictions and processes.is_first():
+                write_predictions(run.options.output, name, scores.predictions)
         run.say(f"eval     {name}: {describe_scores(scores)}")
     return results
 
