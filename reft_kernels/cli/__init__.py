@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("REFT_KERNELS_DEBUG", "0") not in ("", "0"):
             raise
-        if processes.says_errors():
+        if processes.says_errors() or (processes.count() > 1 and not error.known):
             print(f"reft_kernels {command}: error: {error}", file=sys.stderr)
         if error.everywhere:
             processes.finish()

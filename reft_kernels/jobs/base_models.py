@@ -62,8 +62,10 @@ def load_base(
     what = f"--model {name}" if local else f"--model {name}: no folder here, and not to be had from the hub"
     options: dict[str, Any] = {"local_files_only": local, "dtype": choose_dtype(dtype, device)}
     verbosity = logging.get_verbosity()
-    with user_errors(what, (Exception,)):  # safetensors, tokenizers and the hub have error classes of their own
+    # safetensors, tokenizers and the hub have error classes of their own.
+    with user_errors(f"{what}: its tokenizer cannot be loaded" if local else what, (Exception,)):
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    with user_errors(what, (Exception,)):
         if labels is None:
             model = AutoModelForCausalLM.from_pretrained(source, **options)
         else:

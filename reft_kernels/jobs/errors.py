@@ -14,9 +14,10 @@ class UserError(Exception):
 
     Attributes:
         everywhere: every process of the job raises one now.
+        known: another process says what happened.
     """
 
-    everywhere = False
+    everywhere = known = False
 
 
 @contextmanager

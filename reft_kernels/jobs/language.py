@@ -196,18 +196,23 @@ class LanguageJob:
         (source,) = settings.data
         if not Path(source).expanduser().exists() and not is_hub_name(source):
             raise UserError(f"--data {source}: no such file")
-        return StreamedDataset(
-            tokenizer,
-            reft_model,
-            source,
-            split=settings.split,
-            max_examples=settings.max_examples,
-            skipped=self.skipped,
-            texts=texts,
-            max_length=settings.max_length,
-            shuffle=buffer,
-            seed=settings.seed,
-        )
+
+        def stream(skipped: SkippedRows | None, shuffle: int) -> StreamedDataset:
+            return StreamedDataset(
+                tokenizer,
+                reft_model,
+                source,
+                split=settings.split,
+                max_examples=settings.max_examples,
+                skipped=skipped,
+                texts=texts,
+                max_length=settings.max_length,
+                shuffle=shuffle,
+                seed=settings.seed,
+            )
+
+        next(iter(stream(SkippedRows() if settings.skip_bad_rows else None, 0)))  # raises where there are no rows
+        return stream(self.skipped, buffer)
 
     def _collator(self, tokenizer: PreTrainedTokenizerBase) -> SupervisedCollator | PackedCollator:
         sizes = self.settings.pad_to

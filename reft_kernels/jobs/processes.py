@@ -62,7 +62,9 @@ def lost_ones() -> Iterator[None]:
     except RuntimeError as error:
         if count() == 1 or "by peer" not in str(error):
             raise
-        raise UserError("another process of this job has ended") from error
+        ended = UserError("another process of this job has ended")
+        ended.known = True
+        raise ended from error
 
 
 def count() -> int:
@@ -115,7 +117,7 @@ def together() -> Iterator[None]:
         if message is not None and failed is None:
             failed = UserError(f"process {index}: {message}")
     if isinstance(failed, UserError):
-        failed.everywhere = True
+        failed.everywhere = failed.known = True
     if failed is not None:
         raise failed
 

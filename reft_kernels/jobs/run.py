@@ -125,6 +125,8 @@ def _prepare(
     with processes.together():
         if processes.is_first():
             check_output(folder, resume=options.resume, overwrite=options.overwrite)
+            if options.cache_folder is not None and options.cache_folder.exists() and not options.cache_folder.is_dir():
+                raise UserError(f"--cache-folder {options.cache_folder}: exists and is no folder")
         job = make_job(settings)
         job.read()
         checkpoint = last_complete_checkpoint(folder) if options.resume else None
@@ -158,13 +160,13 @@ def _carry_out(run: _Run, callbacks: Sequence[Any], evaluate: bool) -> dict[str,
     if any(parameter.requires_grad for parameter in reft_model.parameters()):
         skips = "--cache-frozen skips most operations" if run.job.settings.cache_frozen != "none" else None
         clock, speed = make_clock(), Throughput(show=False, without_mfu=skips)
-        with processes.together():
+        with processes.together(), user_errors("training options", (ValueError, ImportError)):
             trainer = run.job.trainer(
                 reft_model, run.arguments, callbacks=[clock, speed, Orthonormality(), *callbacks], **run.data,
                 **run.job.trainer_options(run.tokenizer, reft_model, options),
             )  # fmt: skip
         show_progress(trainer, bar=options.progress)
-        _train(trainer, folder, run.checkpoint)
+        _train(trainer, run)
         history = trainer.state.log_history
         cache = getattr(trainer, "frozen_cache", None)
         if cache is not None:
@@ -220,8 +222,12 @@ def _where_to_go_on(folder: Path) -> str:
 
 
 def _arguments(settings: JobSettings, options: RunOptions, device: str, job: Job, *, evaluates: bool) -> Any:
+    from transformers.integrations import get_reporting_integration_callbacks
+
     if settings.best_epoch and not evaluates:
         raise UserError("--best-epoch: there are no held-out rows to choose by, see --held-out")
+    with user_errors("--report-to", (ValueError,)):
+        get_reporting_integration_callbacks(list(options.report_to))
     with user_errors("training options"):
         return training_arguments(
             settings, options, device, best=job.best if settings.best_epoch else None, evaluates=evaluates
@@ -285,12 +291,14 @@ def _check_same_adapter(reft_model: ReftModel, folder: Path) -> None:
                 )
 
 
-def _train(trainer: Any, folder: Path, checkpoint: Path | None) -> None:
+def _train(trainer: Any, run: _Run) -> None:
     import torch
 
+    # Rows that are read while training may be wrong there.
+    wrong_rows = (ValueError,) if run.job.settings.streaming is not None else ()
     try:
-        with write_errors(f"--output {folder}"):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with write_errors(f"--output {run.options.output}"), user_errors("--data", wrong_rows):
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
             trainer.save_model()
     except torch.OutOfMemoryError as error:
         raise UserError("out of GPU memory: lower --batch-size or --max-length") from error
