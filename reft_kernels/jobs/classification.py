@@ -12,11 +12,11 @@ from reft_kernels.jobs import processes
 from reft_kernels.jobs.adapters import trained_heads
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.forward_passes import predict
+from reft_kernels.jobs.held_out import ClassificationTrainer
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings
-from reft_kernels.training.classification import ReftTrainerForSequenceClassification
 from reft_kernels.training.glue import GlueDataset, glue_collator, glue_task
 from reft_kernels.training.sources import SkippedRows
 from reft_kernels.training.splits import glue_split, take
@@ -36,7 +36,7 @@ class ClassificationJob:
     the other half is evaluated (paper, section 4.4).
     """
 
-    trainer = ReftTrainerForSequenceClassification
+    trainer = ClassificationTrainer
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
@@ -90,7 +90,7 @@ class ClassificationJob:
     ) -> dict[str, Any]:
         """Further arguments of the trainer."""
         del tokenizer, reft_model, options
-        return {"compute_metrics": self.task.compute_metrics()}
+        return {"compute_metrics": self.task.compute_metrics(), "share": self.share}
 
     def head_parameters(self, reft_model: ReftModel) -> list[nn.Parameter]:
         """The parameters of the head that are trained."""

@@ -13,7 +13,7 @@ import torch
 from reft_kernels.jobs import processes
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.forward_passes import mean_loss
-from reft_kernels.jobs.held_out import ScoringTrainer
+from reft_kernels.jobs.held_out import LanguageTrainer
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
@@ -55,7 +55,7 @@ class LanguageJob:
 
     labels: int | None = None
     regression = False
-    trainer = ScoringTrainer
+    trainer = LanguageTrainer
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
