@@ -183,3 +183,15 @@ def small_disk(folder: Path, size: str, copy: Path) -> Any:
         os._exit(NOT_PERMITTED)
     yield
     shutil.copytree(folder, copy)
+
+
+@contextmanager
+def split_on_cpu() -> Any:
+    """Lets a model be split without GPUs, which accelerate refuses, though everything below it can do that."""
+    from accelerate import ParallelismConfig
+
+    from reft_kernels.jobs import run
+
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+    run._check_tensor_parallel = lambda device: None
+    yield

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from job_processes import Command, begin, stopping, wait_for
+from job_processes import Command, begin, split_on_cpu, stopping, wait_for
 from safetensors.torch import load_file
 from training_support import rows, save_encoder, save_model, sentences, write_rows
 from two_processes import WORLD, free_port
@@ -158,6 +158,56 @@ def test_kinds_of_jobs(files: dict[str, Path], tmp_path: Path, model: str, more:
     assert ended(commands) == [0, 0], commands[0].complained() + commands[1].complained()
     assert commands[1].said() == ""
     assert_trained_alike(tmp_path / "one", tmp_path / "two")
+
+
+@slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--dropout", 0.1, "--evaluation", "generate", "--held-out", "count:4"),
+        ("--component", "mlp_input", "--evaluation", "rank", "--eval-data", "quiz", "--orthogonality", "polar"),
+        ("--component", "attention_output", "--evaluation", "loss", "--gradient-checkpointing"),
+    ],
+    ids=["block", "mlp", "attention"],
+)
+def test_a_split_model_is_trained_as_a_whole_one(files: dict[str, Path], tmp_path: Path, more: tuple[Any, ...]) -> None:
+    """Both processes see the whole batches; the adapter that is saved is the whole one, and resumes."""
+    more = ("--eval-data", "more", "--save-steps", 4, "--accumulation", 2, *more)
+    assert main(train_words(files, tmp_path / "one", *more, together=1)) == 0
+    words = [*train_words(files, tmp_path / "two", *more, together=1), "--tensor-parallel"]
+    commands = launch(words, tmp_path, around=split_on_cpu)
+    assert ended(commands) == [0, 0], commands[0].complained()
+    assert "processes 2, each with a part of the model: 8 examples a step" in commands[0].said()
+    before = [entry["loss"] for entry in log_of(tmp_path / "two")["history"]]
+    assert_trained_alike(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "checkpoint-8" / "trainer_state.json").unlink()
+    assert ended(launch([*words, "--resume"], tmp_path, around=split_on_cpu)) == [0, 0]
+    assert [entry["loss"] for entry in log_of(tmp_path / "two")["history"]] == pytest.approx(before, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "--tensor-parallel: needs several processes"),
+        (("--method", "lora"), "settings: tensor_parallel does not go with method 'lora'"),
+        (("--cache-frozen", "memory"), "settings: tensor_parallel does not go with cache_frozen 'memory'"),
+    ],
+)
+def test_where_a_model_cannot_be_split(
+    files: dict[str, Path], tmp_path: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*train_words(files, tmp_path / "run", *more, together=1), "--tensor-parallel"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@slow
+def test_a_model_is_split_on_gpus_alone(files: dict[str, Path], tmp_path: Path) -> None:
+    commands = launch([*train_words(files, tmp_path / "run", together=1), "--tensor-parallel"], tmp_path)
+    assert ended(commands) == [2, 2]
+    (line,) = commands[0].errors()
+    assert line.startswith("reft_kernels train: error: --tensor-parallel: needs GPUs")
+    assert commands[1].errors() == []
 
 
 @slow

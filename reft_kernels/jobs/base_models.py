@@ -38,7 +38,14 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
 
 
 def load_base(
-    name: str, dtype: str, device: str, *, labels: int | None = None, regression: bool = False, seed: int = 42
+    name: str,
+    dtype: str,
+    device: str,
+    *,
+    labels: int | None = None,
+    regression: bool = False,
+    seed: int = 42,
+    tensor_parallel: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, in eval mode on `device`, and its tokenizer. For a folder the hub is not asked.
 
@@ -46,6 +53,7 @@ def load_base(
         labels: load a classifier with so many labels, whose head is new where the model has none of that size.
         regression: the one label is a number.
         seed: of a new head.
+        tensor_parallel: split the matrices of a language model over all processes.
     """
     folder = Path(name).expanduser()
     local = folder.is_dir()
@@ -61,6 +69,8 @@ def load_base(
     source = str(folder) if local else name
     what = f"--model {name}" if local else f"--model {name}: no folder here, and not to be had from the hub"
     options: dict[str, Any] = {"local_files_only": local, "dtype": choose_dtype(dtype, device)}
+    if tensor_parallel:
+        options |= _split()
     verbosity = logging.get_verbosity()
     # safetensors, tokenizers and the hub have error classes of their own.
     with user_errors(f"{what}: its tokenizer cannot be loaded" if local else what, (Exception,)):
@@ -79,7 +89,18 @@ def load_base(
                 logging.set_verbosity(verbosity)
             if model.config.pad_token_id is None:
                 model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval(), tokenizer
+    return (model if tensor_parallel else model.to(device)).eval(), tokenizer
+
+
+def _split() -> dict[str, Any]:
+    """What `from_pretrained` takes to split a model by its own plan."""
+    import inspect
+
+    from transformers.distributed import DistributedConfig
+
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:  # as transformers 5 takes it
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    return {"tp_plan": "auto"}
 
 
 def count_layers(name: str) -> int | None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from reft_kernels.jobs.forward_passes import Chosen, Share, batches_by_length, c
 from reft_kernels.training.causal_lm import ReftTrainerForCausalLM
 from reft_kernels.training.classification import ReftTrainerForSequenceClassification, target_losses
 from reft_kernels.training.trainer import ReftTrainer
+
+if TYPE_CHECKING:
+    from reft_kernels.model import ReftModel
 
 
 class _HeldOut(ReftTrainer):
@@ -48,12 +51,23 @@ class LanguageTrainer(_HeldOut, ReftTrainerForCausalLM):
     Args:
         score: gives metrics by name; None for the loss alone.
         share: shares batches among processes.
+        tensor_parallel: all processes have parts of one base model.
     """
 
-    def __init__(self, *args: Any, score: Any = None, share: Share = processes.share, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: ReftModel,
+        *args: Any,
+        score: Any = None,
+        share: Share = processes.share,
+        tensor_parallel: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, *args, **kwargs)
         self.score = score
         self.share = share
+        if tensor_parallel:
+            setattr(model, "tp_size", processes.count())  # noqa: B010 - accelerate asks a model for it
 
     def _scores(self, dataset: Any) -> dict[str, float]:
         batches = batches_by_length(dataset, self.args.per_device_eval_batch_size)

@@ -156,8 +156,9 @@ def say_header(
     held = f", {log['examples']['held_out']:,} held out" if log["examples"]["held_out"] else ""
     say(f"data     {', '.join(settings.data)}, {used}{held}{left}")
     if (n := log["processes"]) > 1:
-        together = n * settings.batch_size * settings.accumulation
-        say(f"processes {n}, each with batches of {settings.batch_size}: {together} examples a step")
+        together = settings.batch_size * settings.accumulation * (1 if settings.tensor_parallel else n)
+        each = "with a part of the model" if settings.tensor_parallel else f"with batches of {settings.batch_size}"
+        say(f"processes {n}, each {each}: {together} examples a step")
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from reft_kernels.jobs import processes
 from reft_kernels.jobs.errors import UserError, user_errors
-from reft_kernels.jobs.forward_passes import mean_loss
+from reft_kernels.jobs.forward_passes import Share, mean_loss
 from reft_kernels.jobs.held_out import LanguageTrainer
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.scores import Scores
@@ -59,7 +59,7 @@ class LanguageJob:
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
-        self.share = processes.share
+        self.share: Share = processes.score_all if settings.tensor_parallel else processes.share
         with user_errors("--style"):
             style = prompt_style(settings.style)
             self.style = style if settings.template is None else PromptStyle(settings.template, trigger=style.trigger)
@@ -150,7 +150,7 @@ class LanguageJob:
     ) -> dict[str, Any]:
         """Further arguments of the trainer."""
         settings = self.settings
-        more: dict[str, Any] = {"share": self.share}
+        more: dict[str, Any] = {"share": self.share, "tensor_parallel": settings.tensor_parallel}
         if self._answers and self.held_out:
             more["score"] = lambda model: self.evaluate_held_out(model, tokenizer).metrics
         if settings.cache_frozen != "none":

@@ -128,13 +128,16 @@ def _prepare(
             if options.cache_folder is not None and options.cache_folder.exists() and not options.cache_folder.is_dir():
                 raise UserError(f"--cache-folder {options.cache_folder}: exists and is no folder")
         job = make_job(settings)
+        if settings.tensor_parallel:
+            _check_tensor_parallel(device)
         job.read()
         checkpoint = last_complete_checkpoint(folder) if options.resume else None
         if options.resume and checkpoint is None:
             raise UserError(f"--resume: no complete checkpoint in {folder}")
         base, tokenizer = load_base(
-            options.model, options.dtype, device, labels=job.labels, regression=job.regression, seed=settings.seed
-        )
+            options.model, options.dtype, device, labels=job.labels, regression=job.regression, seed=settings.seed,
+            tensor_parallel=settings.tensor_parallel,
+        )  # fmt: skip
         set_seed(settings.seed)
         total = sum(parameter.numel() for parameter in base.parameters())
         reft_model = adapt(base, settings)
@@ -147,6 +150,13 @@ def _prepare(
             _check_same_adapter(reft_model, checkpoint)
     say_header(settings, options, reft_model, base, log, say)
     return _Run(job, options, reft_model, tokenizer, data, arguments, checkpoint, log, say)
+
+
+def _check_tensor_parallel(device: str) -> None:
+    if processes.count() == 1:
+        raise UserError("--tensor-parallel: needs several processes, as torchrun --nproc-per-node 2 starts them")
+    if device == "cpu":
+        raise UserError("--tensor-parallel: needs GPUs, accelerate does not train a split model without")
 
 
 def _carry_out(run: _Run, callbacks: Sequence[Any], evaluate: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reft_kernels.jobs import processes
 from reft_kernels.recipes.settings import JobSettings
 
 
@@ -53,6 +54,10 @@ def training_arguments(
     if settings.gradient_checkpointing:
         name = "activation_checkpointing"  # as transformers 5 calls it
         more[name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"] = True
+    if settings.tensor_parallel:
+        from accelerate import ParallelismConfig
+
+        more["parallelism_config"] = ParallelismConfig(tp_size=processes.count())
     if best is not None:
         more |= {"load_best_model_at_end": True, "metric_for_best_model": best[0], "greater_is_better": best[1]}
     by_epoch = best is not None

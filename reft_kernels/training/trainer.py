@@ -21,6 +21,7 @@ from reft_kernels.training.checkpoints import last_complete_checkpoint, save_bes
 from reft_kernels.training.collators import LOCATIONS, SUBSPACES, ReftDataCollator
 from reft_kernels.training.length_groups import LengthGroups, groups_by_length
 from reft_kernels.training.log_values import LogValues
+from reft_kernels.training.split_models import tensor_parallel_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,7 +182,10 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
 
     def _across_processes(self, loss: Tensor) -> Tensor:
         """A sum divided by the items of all processes, such that the mean over processes is the mean over items."""
-        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+        if not self.args.average_tokens_across_devices:
+            return loss
+        shares: int = self.accelerator.num_processes // tensor_parallel_size(self.args)
+        return loss * shares
 
     def prediction_step(
         self,
