@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from reft_kernels.cli import compare, convert, evaluate, generate, info, recipes, search, train, tune
 from reft_kernels.cli.common import Parser
+from reft_kernels.jobs import processes
 from reft_kernels.jobs.errors import UserError
 
 COMMANDS = {
@@ -25,6 +26,8 @@ COMMANDS = {
     "info": info,
     "tune": tune,
 }
+# What torchrun and accelerate launch may start several processes of.
+TOGETHER = ("train", "eval")
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -51,13 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parsers[command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
+        if processes.launched() > 1 and command not in TOGETHER:
+            raise UserError(f"runs in one process; {' and '.join(TOGETHER)} run in several")
         COMMANDS[command].run(arguments)
     except UserError as error:
         if os.environ.get("REFT_KERNELS_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"reft_kernels {command}: error: {error}", file=sys.stderr)
+        if processes.says_errors() or (processes.count() > 1 and not error.known):
+            print(f"reft_kernels {command}: error: {error}", file=sys.stderr)
+        if error.everywhere:
+            processes.finish()
         return 2
-    except KeyboardInterrupt:
-        print(f"reft_kernels {command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        if processes.is_first():
+            print(f"reft_kernels {command}: interrupted" + f"; {stop}" * bool(stop.args), file=sys.stderr)
         return 130
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from reft_kernels.cli.common import add_adapter_argument, add_model_arguments, at_least
 from reft_kernels.cli.train_options import add_settings, given_settings
+from reft_kernels.jobs import processes
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.run_folder import write_atomically
 from reft_kernels.recipes import OPTIONS, JobSettings, find_recipe
@@ -55,33 +56,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the scores on each data set, and writes the predictions where --out says."""
+    """Prints the scores on each data set, and writes the predictions where --out says. Under torchrun or accelerate
+    launch the rows are shared by all processes."""
     out = Path(arguments.out).expanduser() if arguments.out else None
     if out is not None and out.is_dir():
         raise UserError(f"--out {out}: is a folder")
 
     from reft_kernels.cli.adapter import find_adapter, load_edited
+    from reft_kernels.jobs.base_models import choose_device
     from reft_kernels.jobs.job_log import describe_scores
     from reft_kernels.jobs.run import make_job
     from reft_kernels.jobs.run_folder import training_settings
 
-    settings = _settings(arguments, training_settings(find_adapter(arguments.adapter)))
-    job = make_job(settings)
-    job.read_evaluated()
-    model, tokenizer = load_edited(arguments, job)
-    print(f"adapter   {arguments.adapter or 'none'}")
+    processes.start(choose_device(arguments.device))
+    shows = processes.is_first()
+    with processes.together():
+        job = make_job(_settings(arguments, training_settings(find_adapter(arguments.adapter))))
+        job.read_evaluated()
+        model, tokenizer = load_edited(arguments, job)
+    if shows:
+        print(f"adapter   {arguments.adapter or 'none'}")
     predictions: list[dict[str, Any]] = []
     for name in job.evaluated:
         start = time.perf_counter()
-        with user_errors("--data"):
-            scores = job.evaluate(model, tokenizer, name, progress=not arguments.no_progress)
+        with user_errors("--data"), processes.lost_ones():
+            scores = job.evaluate(model, tokenizer, name, progress=shows and not arguments.no_progress)
         seconds = time.perf_counter() - start
         several = len(job.evaluated) > 1
         predictions += [{**({"data": name} if several else {}), **row} for row in scores.predictions]
-        print(f"{name:9} {describe_scores(scores)}, {1000 * seconds / max(scores.rows, 1):.0f} ms/row")
-    if out is not None:
-        with user_errors(f"--out {out}"):
-            write_atomically(out, "".join(json.dumps(row) + "\n" for row in predictions))
+        if shows:
+            print(f"{name:9} {describe_scores(scores)}, {1000 * seconds / max(scores.rows, 1):.0f} ms/row")
+    with processes.together():
+        if out is not None and shows:
+            with user_errors(f"--out {out}"):
+                write_atomically(out, "".join(json.dumps(row) + "\n" for row in predictions))
+    processes.finish()
 
 
 def _settings(arguments: argparse.Namespace, trained: dict[str, Any]) -> JobSettings:

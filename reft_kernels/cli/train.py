@@ -19,6 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains, evaluates, and leaves adapter, checkpoints, predictions and train_log.json in the output folder."""
     settings = read_settings(arguments)
 
+    from reft_kernels.jobs import processes
     from reft_kernels.jobs.run import run_job
     from reft_kernels.jobs.trainer_arguments import RunOptions
 
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
     )
     run_job(settings, options, recipe=arguments.recipe, say=lambda line: print(line, flush=True))
+    processes.finish()
 
 
 def read_settings(arguments: argparse.Namespace) -> JobSettings:

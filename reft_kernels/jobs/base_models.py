@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reft_kernels.jobs import processes
 from reft_kernels.jobs.errors import UserError, user_errors
 
 if TYPE_CHECKING:
@@ -16,14 +17,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def choose_device(name: str) -> str:
-    """The device that --device names. Raises UserError where there is none."""
+    """The device that --device names, of several processes each its own. Raises UserError where there is none."""
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and not processes.on_cpu() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
-    return name
+    return processes.local_gpu() if name == "cuda" else name
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:
@@ -37,7 +38,14 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
 
 
 def load_base(
-    name: str, dtype: str, device: str, *, labels: int | None = None, regression: bool = False, seed: int = 42
+    name: str,
+    dtype: str,
+    device: str,
+    *,
+    labels: int | None = None,
+    regression: bool = False,
+    seed: int = 42,
+    tensor_parallel: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, in eval mode on `device`, and its tokenizer. For a folder the hub is not asked.
 
@@ -45,6 +53,7 @@ def load_base(
         labels: load a classifier with so many labels, whose head is new where the model has none of that size.
         regression: the one label is a number.
         seed: of a new head.
+        tensor_parallel: split the matrices of a language model over all processes.
     """
     folder = Path(name).expanduser()
     local = folder.is_dir()
@@ -60,9 +69,13 @@ def load_base(
     source = str(folder) if local else name
     what = f"--model {name}" if local else f"--model {name}: no folder here, and not to be had from the hub"
     options: dict[str, Any] = {"local_files_only": local, "dtype": choose_dtype(dtype, device)}
+    if tensor_parallel:
+        options |= _split()
     verbosity = logging.get_verbosity()
-    with user_errors(what, (Exception,)):  # safetensors, tokenizers and the hub have error classes of their own
+    # safetensors, tokenizers and the hub have error classes of their own.
+    with user_errors(f"{what}: its tokenizer cannot be loaded" if local else what, (Exception,)):
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    with user_errors(what, (Exception,)):
         if labels is None:
             model = AutoModelForCausalLM.from_pretrained(source, **options)
         else:
@@ -76,7 +89,18 @@ def load_base(
                 logging.set_verbosity(verbosity)
             if model.config.pad_token_id is None:
                 model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval(), tokenizer
+    return (model if tensor_parallel else model.to(device)).eval(), tokenizer
+
+
+def _split() -> dict[str, Any]:
+    """What `from_pretrained` takes to split a model by its own plan."""
+    import inspect
+
+    from transformers.distributed import DistributedConfig
+
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:  # as transformers 5 takes it
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    return {"tp_plan": "auto"}
 
 
 def count_layers(name: str) -> int | None:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from reft_kernels.jobs import processes
 from reft_kernels.jobs.adapters import trained_heads
 from reft_kernels.jobs.errors import UserError, user_errors
 from reft_kernels.jobs.forward_passes import predict
+from reft_kernels.jobs.held_out import ClassificationTrainer
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings, default_of
-from reft_kernels.training.classification import ReftTrainerForSequenceClassification
 from reft_kernels.training.glue import GlueDataset, check_glue_row, glue_collator, glue_task
 from reft_kernels.training.sources import SkippedRows
 from reft_kernels.training.splits import glue_split, take
@@ -35,10 +36,11 @@ class ClassificationJob:
     the other half is evaluated (paper, section 4.4).
     """
 
-    trainer = ReftTrainerForSequenceClassification
+    trainer = ClassificationTrainer
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
+        self.share = processes.share
         for name in ("cache_frozen", "packing", "pad_to", "subspaces", "template", "trigger"):
             if getattr(settings, name) != default_of(name):
                 raise UserError(f"--{name.replace('_', '-')}: is for language models, not for classifications")
@@ -93,7 +95,7 @@ class ClassificationJob:
     ) -> dict[str, Any]:
         """Further arguments of the trainer."""
         del tokenizer, reft_model, options
-        return {"compute_metrics": self.task.compute_metrics()}
+        return {"compute_metrics": self.task.compute_metrics(), "share": self.share}
 
     def head_parameters(self, reft_model: ReftModel) -> list[nn.Parameter]:
         """The parameters of the head that are trained."""
@@ -123,7 +125,9 @@ class ClassificationJob:
     def _score(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, progress: bool) -> Scores:
         with user_errors("--eval-data"):
             dataset = GlueDataset(tokenizer, model, rows, self.task, max_length=self.settings.max_length)
-        logits, labels = predict(model, dataset, glue_collator(tokenizer), self.settings.eval_batch_size, progress)
+        logits, labels = predict(
+            model, dataset, glue_collator(tokenizer), self.settings.eval_batch_size, progress, self.share
+        )
         metrics = self.task.compute_metrics()((logits, labels))
         chosen = logits.reshape(len(rows), -1)
         answers = chosen[:, 0] if self.regression else chosen.argmax(-1)

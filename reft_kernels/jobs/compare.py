@@ -111,6 +111,8 @@ def compare(
         say(f"[{number}/{len(plan)}] {cell.method}, seed {cell.seed}")
         try:
             log, message = run_cell(cell, model, options, show=show), ""
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{number - 1} of {len(plan)} runs are done; the same command goes on") from None
         except UserError as error:
             log, message = None, str(error)
             say(f"  failed: {message}")

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_kernels.jobs.run_folder import adapter_bytes, model_source
+from reft_kernels.jobs import processes
+from reft_kernels.jobs.run_folder import model_source
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
 from reft_kernels.recipes.settings import JobSettings
@@ -64,6 +65,7 @@ def describe_run(
             "skipped": None if job.skipped is None else asdict(job.skipped),
         },
         "device": str(base.device),
+        "processes": processes.count(),
         "versions": {
             "reft_kernels": reft_kernels.__version__,
             "torch": str(torch.__version__),
@@ -73,7 +75,7 @@ def describe_run(
     }
 
 
-def describe_training(trainer: Any, clock: Any, speed: Throughput, folder: Path) -> dict[str, Any]:
+def describe_training(trainer: Any, clock: Any, speed: Throughput) -> dict[str, Any]:
     """What the log says of the steps of a run."""
     totals = speed.totals()
     return {
@@ -82,7 +84,6 @@ def describe_training(trainer: Any, clock: Any, speed: Throughput, folder: Path)
         "seconds": clock.seconds,
         "ms_per_step": totals.get("step_ms", clock.ms_per_step),
         **{name: value for name, value in totals.items() if name != "step_ms"},
-        "adapter_bytes": adapter_bytes(folder),
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
         "held_out": [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)],
     }
@@ -155,6 +156,10 @@ def say_header(
     left = f", {left_out:,} left out (no output within --max-length {settings.max_length})" if left_out else ""
     held = f", {log['examples']['held_out']:,} held out" if log["examples"]["held_out"] else ""
     say(f"data     {', '.join(settings.data)}, {used}{held}{left}")
+    if (n := log["processes"]) > 1:
+        together = settings.batch_size * settings.accumulation * (1 if settings.tensor_parallel else n)
+        each = "with a part of the model" if settings.tensor_parallel else f"with batches of {settings.batch_size}"
+        say(f"processes {n}, each {each}: {together} examples a step")
 
 
 def say_differences(before: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from reft_kernels.jobs import processes
 from reft_kernels.jobs.errors import UserError, user_errors
-from reft_kernels.jobs.forward_passes import mean_loss
-from reft_kernels.jobs.held_out import ScoringTrainer
+from reft_kernels.jobs.forward_passes import Share, mean_loss
+from reft_kernels.jobs.held_out import LanguageTrainer
 from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.run_folder import CACHE
 from reft_kernels.jobs.scores import Scores
@@ -22,8 +23,15 @@ from reft_kernels.recipes.settings import JobSettings, read_subspace
 from reft_kernels.training.answers import ANSWER_RULES, AnswerRule, TextAfterTrigger, answer_rule
 from reft_kernels.training.choices import Normalise, answer_choices, evaluate_choices
 from reft_kernels.training.cloze import ClozeExample, as_cloze
-from reft_kernels.training.data import Example, SupervisedCollator, SupervisedDataset, pad_token_id, parse_row
-from reft_kernels.training.evaluate import evaluate_accuracy
+from reft_kernels.training.data import (
+    Example,
+    SupervisedCollator,
+    SupervisedDataset,
+    encode_prompts,
+    pad_token_id,
+    parse_row,
+)
+from reft_kernels.training.evaluate import Prediction, evaluate_accuracy
 from reft_kernels.training.frozen_cache import FrozenCache
 from reft_kernels.training.memorisation import recite
 from reft_kernels.training.packing import PackedCollator
@@ -49,10 +57,11 @@ class LanguageJob:
 
     labels: int | None = None
     regression = False
-    trainer = ScoringTrainer
+    trainer = LanguageTrainer
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
+        self.share: Share = processes.score_all if settings.tensor_parallel else processes.share
         with user_errors("--style"):
             self.style = prompt_style(settings.style, template=settings.template, trigger=settings.trigger)
         self.rule = _rule(settings)
@@ -147,7 +156,7 @@ class LanguageJob:
     ) -> dict[str, Any]:
         """Further arguments of the trainer."""
         settings = self.settings
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"share": self.share, "tensor_parallel": settings.tensor_parallel}
         if self._answers and self.held_out:
             more["score"] = lambda model: self.evaluate_held_out(model, tokenizer).metrics
         if settings.cache_frozen != "none":
@@ -206,18 +215,23 @@ class LanguageJob:
         (source,) = settings.data
         if not Path(source).expanduser().exists() and not is_hub_name(source):
             raise UserError(f"--data {source}: no such file")
-        return StreamedDataset(
-            tokenizer,
-            reft_model,
-            source,
-            split=settings.split,
-            max_examples=settings.max_examples,
-            skipped=self.skipped,
-            texts=texts,
-            max_length=settings.max_length,
-            shuffle=buffer,
-            seed=settings.seed,
-        )
+
+        def stream(skipped: SkippedRows | None, shuffle: int) -> StreamedDataset:
+            return StreamedDataset(
+                tokenizer,
+                reft_model,
+                source,
+                split=settings.split,
+                max_examples=settings.max_examples,
+                skipped=skipped,
+                texts=texts,
+                max_length=settings.max_length,
+                shuffle=shuffle,
+                seed=settings.seed,
+            )
+
+        next(iter(stream(SkippedRows() if settings.skip_bad_rows else None, 0)))  # raises where there are no rows
+        return stream(self.skipped, buffer)
 
     def _collator(self, tokenizer: PreTrainedTokenizerBase) -> SupervisedCollator | PackedCollator:
         sizes = self.settings.pad_to
@@ -265,43 +279,70 @@ class LanguageJob:
             with user_errors("--eval-data"):
                 dataset = self._dataset(examples, tokenizer, model, trained=False)
             collate = SupervisedCollator(pad_token_id(tokenizer))
-            loss = mean_loss(model, dataset, collate, settings.eval_batch_size, progress)
+            loss = mean_loss(model, dataset, collate, settings.eval_batch_size, progress, self.share)
             return Scores({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, len(dataset))
         if settings.evaluation == "recite":
-            found = [self._recite(model, tokenizer, one) for one in examples]
+            found = self.share(examples, lambda part: [self._recite(model, tokenizer, one) for one in part])
             lengths, shares = [one["tokens"] for one in found], [one["share"] for one in found]
             metrics = {"recited_share": sum(shares) / len(found), "recited_tokens": sum(lengths) / len(found)}
             return Scores(metrics, len(found), found)
         if settings.evaluation == "rank":
-            result = evaluate_choices(
-                model,
-                tokenizer,
-                examples,
-                choices=[one.choices for one in examples if isinstance(one, ClozeExample)] or None,
-                style=self.style,
-                rule=self.rule,
-                normalise=cast(Normalise, settings.normalise),
-                batch_size=settings.eval_batch_size,
-                progress=progress,
-            )
-            return Scores({"accuracy": result.accuracy}, result.total, [asdict(one) for one in result.predictions])
+            said = self._said(tokenizer, examples, lambda part: self._ranked(model, tokenizer, part, progress))
+            return Scores({"accuracy": sum(one["correct"] for one in said) / len(said)}, len(said), said)
         if settings.evaluation == "generate":
             with _drawing(settings.seed, next(model.parameters()).device):
-                result = evaluate_accuracy(
-                    model,
-                    tokenizer,
-                    examples,
-                    style=self.style,
-                    rule=self.rule,
-                    batch_size=settings.eval_batch_size,
-                    progress=progress,
-                    **self.generation(),
-                )
-            said = [asdict(one) for one in result.predictions]
-            return Scores(
-                {"accuracy": result.accuracy, "unanswered": result.unanswered / result.total}, len(said), said
-            )
+                said = self._said(tokenizer, examples, lambda part: self._generated(model, tokenizer, part, progress))
+            counts = {
+                "accuracy": sum(one["correct"] for one in said),
+                "unanswered": sum(not one["answer"] for one in said),
+            }
+            return Scores({name: number / len(said) for name, number in counts.items()}, len(said), said)
         raise UserError(f"--evaluation {settings.evaluation}: nothing to do")
+
+    def _said(
+        self, tokenizer: PreTrainedTokenizerBase, examples: list[Example], score: Callable[[list[Example]], list[Any]]
+    ) -> list[dict[str, Any]]:
+        """What is said to each row, which processes share in the batches that one would make."""
+
+        def lengths() -> list[int]:
+            prompts = [
+                prompt_and_target(one.instruction, one.input, style=self.style, tokenizer=tokenizer)[0]
+                for one in examples
+            ]
+            return [len(ids) for ids in encode_prompts(tokenizer, prompts)]
+
+        with user_errors("--eval-data", (ValueError,)):
+            found = self.share(examples, score, lengths=lengths, block=self.settings.eval_batch_size)
+        return [asdict(one) for one in found]
+
+    def _ranked(
+        self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], progress: bool
+    ) -> list[Prediction]:
+        return evaluate_choices(
+            model,
+            tokenizer,
+            examples,
+            choices=[one.choices for one in examples if isinstance(one, ClozeExample)] or None,
+            style=self.style,
+            rule=self.rule,
+            normalise=cast(Normalise, self.settings.normalise),
+            batch_size=self.settings.eval_batch_size,
+            progress=progress,
+        ).predictions
+
+    def _generated(
+        self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], progress: bool
+    ) -> list[Prediction]:
+        return evaluate_accuracy(
+            model,
+            tokenizer,
+            examples,
+            style=self.style,
+            rule=self.rule,
+            batch_size=self.settings.eval_batch_size,
+            progress=progress,
+            **self.generation(),
+        ).predictions
 
     def _recite(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, one: Example) -> dict[str, Any]:
         prompt, target = prompt_and_target(

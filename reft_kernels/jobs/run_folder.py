@@ -16,6 +16,7 @@ from reft_kernels.jobs.errors import USER_ERRORS, UserError, user_errors
 
 LOG_FILE = "train_log.json"
 PREDICTIONS, CACHE = "predictions", "cache"
+CHECKPOINT = "checkpoint-"
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -42,17 +43,38 @@ def _run_files(folder: Path) -> list[Path]:
     names = {LOG_FILE, PREDICTIONS, CACHE, PAGE_FILE, PICTURE_FILE, CONFIG_FILE, ADAPTER_FILE, BASE_FILE}
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name in names or path.name.startswith("checkpoint-")]
+    found = [p for p in folder.iterdir() if p.name in names or p.name.startswith(CHECKPOINT) or _is_begun(p)]
     return [*found, folder / CARD_FILE] if is_own_card(folder / CARD_FILE) else found
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether this is what a process leaves that is killed while it writes a file of a run."""
+    return path.name.startswith((f".{LOG_FILE}.", ".adapter-")) or path.suffix == ".saving"
 
 
 def remove_run(folder: Path) -> None:
     """Removes what an earlier run wrote to `folder`, and nothing else."""
+    with user_errors(f"--output {folder}", (OSError,)):
+        for path in _run_files(folder):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes the checkpoints and files of a run whose writing was cut short."""
+    from reft_kernels.training.checkpoints import is_complete
+
     for path in _run_files(folder):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path.name.startswith(CHECKPOINT) and not is_complete(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif _is_begun(path):
+            _remove(path)
 
 
 def adapter_bytes(folder: Path) -> int:

@@ -8,7 +8,9 @@ not looked at.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     import optuna
 
 REDUCTION = 3
+# What a trial is marked with, the machine and the process that run it, and a study with the trials cut short.
+PROCESS, INTERRUPTED = "process", "interrupted"
 JOURNAL_FILE, RESULTS_FILE, TABLE_FILE, BEST_FILE = "trials.log", "search.json", "search.md", "best.json"
 
 
@@ -70,19 +74,25 @@ def search(
         direction="maximize" if more_is_better else "minimize",
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION),
     )
+    # One that goes on must not draw again what it drew before.
+    study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
+    _take_over(study, folder)
     begin = time.perf_counter()
-    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
-    while (number := len(study.get_trials(states=ended))) < trials:
+    while (number := len(_ended(study))) < trials:
         if seconds is not None and time.perf_counter() - begin > seconds:
             break
         # Of the trial's number, so that a search that goes on does not draw again what it began with.
         study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.get_trials(deepcopy=False)))
         trial = study.ask()
+        trial.set_user_attr(PROCESS, [socket.gethostname(), os.getpid()])
         chosen = {name: part.suggest(trial, name) for name, part in space.items()}
         say(f"[{number + 1}/{trials}] " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
-        _run_trial(
-            study, trial, settings, chosen, replace(options, output=folder / f"trial-{trial.number}"), metric, say
-        )
+        here = replace(options, output=folder / f"trial-{trial.number}")
+        try:
+            _run_trial(study, trial, settings, chosen, here, metric, say)
+        except KeyboardInterrupt:
+            _interrupt(study, trial.number, chosen)
+            raise KeyboardInterrupt(f"{number} of {trials} trials are done; the same command goes on") from None
         results = summary(study, metric, settings)
         write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
         write_atomically(folder / TABLE_FILE, table(results))
@@ -96,6 +106,45 @@ def search(
     entry = {"title": f"The best of {len(results['trials'])} trials: {metric} {best['value']:.4f}", "settings": values}
     write_atomically(folder / BEST_FILE, json.dumps({"recipes": {"best": entry}}, indent=1) + "\n")
     return results
+
+
+def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that need not be run any more."""
+    from optuna.trial import TrialState
+
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    interrupted = study.user_attrs.get(INTERRUPTED, ())
+    return [trial for trial in study.get_trials(states=states) if trial.number not in interrupted]
+
+
+def _interrupt(study: optuna.Study, number: int, chosen: Mapping[str, Any]) -> None:
+    """Ends a trial that was cut short; its settings are tried again."""
+    from optuna.trial import TrialState
+
+    study.set_user_attr(INTERRUPTED, [*study.user_attrs.get(INTERRUPTED, ()), number])
+    study.tell(number, state=TrialState.FAIL)
+    study.enqueue_trial(dict(chosen))
+
+
+def _take_over(study: optuna.Study, folder: Path) -> None:
+    """Ends the trials of processes of this machine that have been killed. Those of others may be going on."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        host, process = trial.user_attrs.get(PROCESS, (None, 0))
+        if host == socket.gethostname() and not _is_alive(process):
+            _interrupt(study, trial.number, trial.params)
+            shutil.rmtree(folder / f"trial-{trial.number}", ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _run_trial(
@@ -190,9 +239,9 @@ def summary(study: optuna.Study, metric: str, settings: JobSettings) -> dict[str
             "value": trial.value if trial.value is not None else _last(trial.intermediate_values),
             "epochs": max(trial.intermediate_values, default=0),
             "settings": dict(trial.params),
-            **trial.user_attrs,
+            **{name: value for name, value in trial.user_attrs.items() if name != PROCESS},
         }
-        for trial in study.get_trials()
+        for trial in _ended(study)
     ]
     sign = 1 if study.direction.name == "MAXIMIZE" else -1
     finished = [entry for entry in trials if entry["state"] == "complete"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reft_kernels.jobs import processes
 from reft_kernels.recipes.settings import JobSettings
 
 
@@ -55,6 +56,10 @@ def training_arguments(
         more[name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"] = True
     if settings.compile != "none":
         more |= {"torch_compile": True, "torch_compile_mode": settings.compile}
+    if settings.tensor_parallel:
+        from accelerate import ParallelismConfig
+
+        more["parallelism_config"] = ParallelismConfig(tp_size=processes.count())
     if best is not None:
         more |= {"load_best_model_at_end": True, "metric_for_best_model": best[0], "greater_is_better": best[1]}
     by_epoch = best is not None
@@ -80,6 +85,7 @@ def training_arguments(
         disable_tqdm=not options.progress,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device != "cpu",
+        ddp_find_unused_parameters=False,
         report_to=list(options.report_to) or "none",
         **more,
     )

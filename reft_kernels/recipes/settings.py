@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reft_kernels.interventions import METHODS
+from reft_kernels.modules import COMPONENTS
 from reft_kernels.recipes.option import Option
 from reft_kernels.reference import ACTIVATIONS
 from reft_kernels.stiefel import ORTHOGONALITIES
@@ -261,6 +262,14 @@ class JobSettings:
     )
     group_by_length: bool = _option(False, bool, "speed", "batches of examples of about equal length")
 
+    tensor_parallel: bool = _option(
+        False,
+        bool,
+        "speed",
+        "split the base model's matrices over the GPUs of all processes, for one that is too large for one of them; "
+        "all see the same batches",
+    )
+
     def __post_init__(self) -> None:
         for name, option in OPTIONS.items():
             object.__setattr__(self, name, option.check(name, getattr(self, name)))
@@ -276,6 +285,8 @@ class JobSettings:
             read_subspace(text)
         if self.streaming is not None:
             self._check_streaming()
+        if self.tensor_parallel:
+            self._check_tensor_parallel()
         if (self.task == "classification") != (self.glue is not None):
             raise ValueError(f"glue must be named for a classification and for nothing else, got {self.glue!r}")
         self._check_pairs()
@@ -304,6 +315,17 @@ class JobSettings:
         for name in ("held_out", "group_by_length", "subspaces", "task"):
             if getattr(self, name) != default_of(name):
                 raise ValueError(f"streaming does not go with {name} {getattr(self, name)!r}")
+
+    def _check_tensor_parallel(self) -> None:
+        for name, possible in (
+            ("task", ("language",)),
+            ("method", (*METHODS, "red", "frozen")),
+            ("component", COMPONENTS),  # others may lie where each process has a part
+            ("cache_frozen", ("none",)),
+            ("compile", (False,)),
+        ):
+            if getattr(self, name) not in possible:
+                raise ValueError(f"tensor_parallel does not go with {name} {getattr(self, name)!r}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> JobSettings:

@@ -29,13 +29,16 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if step.isdecimal() and path.is_dir():
             found.append((int(step), path))
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
+    return next((path for _, path in sorted(found, reverse=True) if is_complete(path)), None)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / CONFIG_FILE).is_file()
 
 
 def save_beside(model: ReftModel, folder: Path) -> None:

@@ -14,6 +14,7 @@ from reft_kernels.training.flops import ModelFlops, model_flops
 from reft_kernels.training.item_layout import IGNORE_INDEX
 from reft_kernels.training.log_values import LogValues
 from reft_kernels.training.peak_rates import PeakRate, peak_rate
+from reft_kernels.training.split_models import tensor_parallel_size
 
 _TEXT = ("input_ids", "inputs_embeds")
 
@@ -100,7 +101,7 @@ class Throughput(LogValues):
             return {}
         self._advance()
         window, self._window = self._window, _Counts()
-        window.gather(args.device)
+        window.gather(args.device, tensor_parallel_size(args))
         self._total.join(window)
         self._memory = _peak_memory_gib(args.device)
         return self._values(window)
@@ -108,7 +109,7 @@ class Throughput(LogValues):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prints the summary of the run in the first process."""
         if self._window.steps:
-            self._window.gather(args.device)
+            self._window.gather(args.device, tensor_parallel_size(args))
             self._total.join(self._window)
             self._window = _Counts()
         self._memory = _peak_memory_gib(args.device)
@@ -181,8 +182,8 @@ class _Counts:
         counts = torch.stack(_count(inputs, source, causal))
         self._on_device = counts if self._on_device is None else self._on_device + counts
 
-    def gather(self, device: torch.device) -> None:
-        """Brings the counts to the host, summed over all processes."""
+    def gather(self, device: torch.device, copies: int) -> None:
+        """Brings the counts to the host, summed over all processes, of which `copies` each have the same batches."""
         counts = torch.zeros(5, dtype=torch.int64, device=device)
         if self._on_device is not None:
             counts[:4] = self._on_device
@@ -190,7 +191,7 @@ class _Counts:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
             self.processes = torch.distributed.get_world_size()
-        *values, self.columns = counts.tolist()
+        *values, self.columns = (count // copies for count in counts.tolist())
         tokens, pairs, targets, examples = values
         self.values = (tokens, pairs, targets, examples)
 

@@ -21,6 +21,7 @@ from reft_kernels.training.checkpoints import last_complete_checkpoint, save_bes
 from reft_kernels.training.collators import LOCATIONS, SUBSPACES, ReftDataCollator
 from reft_kernels.training.length_groups import LengthGroups, groups_by_length
 from reft_kernels.training.log_values import LogValues
+from reft_kernels.training.split_models import tensor_parallel_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,7 +182,10 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
 
     def _across_processes(self, loss: Tensor) -> Tensor:
         """A sum divided by the items of all processes, such that the mean over processes is the mean over items."""
-        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+        if not self.args.average_tokens_across_devices:
+            return loss
+        shares: int = self.accelerator.num_processes // tensor_parallel_size(self.args)
+        return loss * shares
 
     def prediction_step(
         self,
@@ -237,6 +241,11 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             save_beside(self.model, Path(output_dir if output_dir is not None else self.args.output_dir))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process marks the checkpoint as complete next; the states of the others are parts of it.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load(resume_from_checkpoint)
