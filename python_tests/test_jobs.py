@@ -352,7 +352,7 @@ def test_the_size_of_an_adapter_is_that_of_all_its_files(
 
 
 def test_what_the_trainer_refuses_is_named(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="training options: nonsense is not supported"):
+    with pytest.raises(UserError, match="--report-to: nonsense is not supported"):
         run(settings_of(data=[data["boxes"]]), language_model, tmp_path / "run", report_to=("nonsense",))
 
 

@@ -177,7 +177,7 @@ def test_settings_survive_json() -> None:
         ({"subspaces": ["0"], "data": ["a"], "method": "lora"}, "subspaces are of the method loreft, not of lora"),
         ({"subspaces": ["0"], "data": ["a"], "packing": 64}, "subspaces does not go with packing"),
         ({"cache_frozen": "memory", "packing": 64}, "cache_frozen does not go with packing"),
-        ({"cache_frozen": "memory", "compile": True}, "cache_frozen does not go with compile"),
+        ({"cache_frozen": "memory", "compile": "default"}, "cache_frozen does not go with compile"),
         (
             {"cache_frozen": "disk", "gradient_checkpointing": True},
             "cache_frozen does not go with gradient_checkpointing",
