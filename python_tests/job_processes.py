@@ -187,11 +187,22 @@ def small_disk(folder: Path, size: str, copy: Path) -> Any:
 
 @contextmanager
 def split_on_cpu() -> Any:
-    """Lets a model be split without GPUs, which accelerate refuses, though everything below it can do that."""
-    from accelerate import ParallelismConfig
+    """Lets a model be split or sharded without GPUs, which accelerate refuses, though all below it can do that."""
+    import accelerate
+    from accelerate.state import AcceleratorState
 
     from reft_kernels.jobs import run
 
-    ParallelismConfig._validate_accelerator = lambda self, accelerator: None
-    run._check_tensor_parallel = lambda device: None
+    usual = AcceleratorState.__init__
+
+    def sharded(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        fresh = not AcceleratorState._shared_state
+        usual(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fresh and fsdp_plugin is not None:
+            self.distributed_type = accelerate.DistributedType.FSDP
+            self.device_mesh, self.fsdp_plugin = None, fsdp_plugin
+
+    AcceleratorState.__init__ = sharded
+    accelerate.ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+    run._check_split = lambda settings, device: None
     yield

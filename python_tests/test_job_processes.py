@@ -185,28 +185,61 @@ def test_a_split_model_is_trained_as_a_whole_one(files: dict[str, Path], tmp_pat
     assert [entry["loss"] for entry in log_of(tmp_path / "two")["history"]] == pytest.approx(before, abs=1e-6)
 
 
+@slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--evaluation", "generate", "--held-out", "count:4", "--best-epoch", "--max-steps", 10),
+        ("--method", "nodireft", "--evaluation", "rank", "--eval-data", "quiz", "--dropout", 0.0),
+        ("--evaluation", "loss", "--gradient-checkpointing", "--accumulation", 2),
+    ],
+    ids=["generate", "rank", "loss"],
+)
+def test_a_sharded_model_is_trained_as_a_whole_one(
+    files: dict[str, Path], tmp_path: Path, more: tuple[Any, ...]
+) -> None:
+    """Checkpoints hold the adapter, whole, and nothing of the base model; the run resumes from them."""
+    more = ("--eval-data", "more", "--save-steps", 4, *more)
+    assert main(train_words(files, tmp_path / "one", *more, together=1)) == 0
+    words = [*train_words(files, tmp_path / "two", *more, together=2), "--shard"]
+    commands = launch(words, tmp_path, around=split_on_cpu)
+    assert ended(commands) == [0, 0], commands[0].complained()
+    before = [entry["loss"] for entry in log_of(tmp_path / "two")["history"]]
+    assert_trained_alike(tmp_path / "one", tmp_path / "two")
+    last = last_complete_checkpoint(tmp_path / "two")
+    assert last is not None
+    assert sum(path.stat().st_size for path in last.iterdir()) < 100_000  # of the base model: 144,000
+    (last / "trainer_state.json").unlink()
+    assert ended(launch([*words, "--resume"], tmp_path, around=split_on_cpu)) == [0, 0]
+    assert [entry["loss"] for entry in log_of(tmp_path / "two")["history"]] == pytest.approx(before, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ((), "--tensor-parallel: needs several processes"),
-        (("--method", "lora"), "settings: tensor_parallel does not go with method 'lora'"),
-        (("--cache-frozen", "memory"), "settings: tensor_parallel does not go with cache_frozen 'memory'"),
+        (("--tensor-parallel",), "--tensor-parallel: needs several processes"),
+        (("--shard",), "--shard: needs several processes"),
+        (("--tensor-parallel", "--method", "lora"), "settings: tensor_parallel does not go with method 'lora'"),
+        (("--shard", "--cache-frozen", "memory"), "settings: shard does not go with cache_frozen 'memory'"),
+        (("--shard", "--orthogonality", "polar"), "settings: shard does not go with orthogonality 'polar'"),
+        (("--shard", "--tensor-parallel"), "settings: shard does not go with tensor_parallel"),
     ],
 )
 def test_where_a_model_cannot_be_split(
     files: dict[str, Path], tmp_path: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*train_words(files, tmp_path / "run", *more, together=1), "--tensor-parallel"]) == 2
+    assert main(train_words(files, tmp_path / "run", *more, together=1)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 @slow
-def test_a_model_is_split_on_gpus_alone(files: dict[str, Path], tmp_path: Path) -> None:
-    commands = launch([*train_words(files, tmp_path / "run", together=1), "--tensor-parallel"], tmp_path)
+@pytest.mark.parametrize("option", ["--tensor-parallel", "--shard"])
+def test_a_model_is_split_on_gpus_alone(files: dict[str, Path], tmp_path: Path, option: str) -> None:
+    commands = launch([*train_words(files, tmp_path / "run", together=1), option], tmp_path)
     assert ended(commands) == [2, 2]
     (line,) = commands[0].errors()
-    assert line.startswith("reft_kernels train: error: --tensor-parallel: needs GPUs")
+    assert line.startswith(f"reft_kernels train: error: {option}: needs GPUs")
     assert commands[1].errors() == []
 
 

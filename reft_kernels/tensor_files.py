@@ -32,7 +32,13 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Copies: safetensors refuses tensors that share memory, and torch.save writes the whole storage of a view.
-    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    return {name: _whole(t.detach()).to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is sharded over processes, each of which calls this."""
+    whole: Any = getattr(tensor, "full_tensor", None)
+    return tensor if whole is None else whole()
 
 
 def read_json(path: Path) -> dict[str, Any]:

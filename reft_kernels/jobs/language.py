@@ -36,6 +36,7 @@ from reft_kernels.training.frozen_cache import FrozenCache
 from reft_kernels.training.memorisation import recite
 from reft_kernels.training.packing import PackedCollator
 from reft_kernels.training.prompts import prompt_and_target, prompt_style
+from reft_kernels.training.sharding import whole_outside_of_blocks
 from reft_kernels.training.sources import Row, SkippedRows, is_hub_name
 from reft_kernels.training.streaming import StreamedDataset
 
@@ -61,7 +62,7 @@ class LanguageJob:
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
-        self.share: Share = processes.score_all if settings.tensor_parallel else processes.share
+        self.share: Share = processes.score_all if settings.tensor_parallel or settings.shard else processes.share
         with user_errors("--style"):
             self.style = prompt_style(settings.style, template=settings.template, trigger=settings.trigger)
         self.rule = _rule(settings)
@@ -265,11 +266,13 @@ class LanguageJob:
 
     def evaluate(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, name: str, *, progress: bool) -> Scores:
         """The scores of a model on the evaluation set of this name."""
-        return self._score(model, tokenizer, self.evaluated[name], progress)
+        with whole_outside_of_blocks(model):
+            return self._score(model, tokenizer, self.evaluated[name], progress)
 
     def evaluate_held_out(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         """The scores of a model on the held-out rows."""
-        return self._score(model, tokenizer, self.held_out, False)
+        with whole_outside_of_blocks(model):
+            return self._score(model, tokenizer, self.held_out, False)
 
     def _score(
         self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], progress: bool

@@ -34,6 +34,7 @@ from reft_kernels.jobs.run_folder import (
     write_predictions,
 )
 from reft_kernels.jobs.trainer_arguments import RunOptions, training_arguments
+from reft_kernels.modules import block_list
 from reft_kernels.recipes.settings import JobSettings
 from reft_kernels.training.card import write_card
 from reft_kernels.training.checkpoints import last_complete_checkpoint
@@ -43,6 +44,7 @@ from reft_kernels.training.report import write_report
 from reft_kernels.training.throughput import Throughput
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from reft_kernels.model import ReftModel
@@ -128,8 +130,7 @@ def _prepare(
             if options.cache_folder is not None and options.cache_folder.exists() and not options.cache_folder.is_dir():
                 raise UserError(f"--cache-folder {options.cache_folder}: exists and is no folder")
         job = make_job(settings)
-        if settings.tensor_parallel:
-            _check_tensor_parallel(device)
+        _check_split(settings, device)
         job.read()
         checkpoint = last_complete_checkpoint(folder) if options.resume else None
         if options.resume and checkpoint is None:
@@ -144,7 +145,7 @@ def _prepare(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ examples left out")  # the header has their number
             data = job.data(tokenizer, reft_model, options.cache_folder)
-        arguments = _arguments(settings, options, device, job, evaluates=data["eval_dataset"] is not None)
+        arguments = _arguments(settings, options, device, job, base, evaluates=data["eval_dataset"] is not None)
         log = describe_run(settings, options, recipe, reft_model, base, total, job, data)
         if checkpoint is not None:
             _check_same_adapter(reft_model, checkpoint)
@@ -152,11 +153,12 @@ def _prepare(
     return _Run(job, options, reft_model, tokenizer, data, arguments, checkpoint, log, say)
 
 
-def _check_tensor_parallel(device: str) -> None:
-    if processes.count() == 1:
-        raise UserError("--tensor-parallel: needs several processes, as torchrun --nproc-per-node 2 starts them")
-    if device == "cpu":
-        raise UserError("--tensor-parallel: needs GPUs, accelerate does not train a split model without")
+def _check_split(settings: JobSettings, device: str) -> None:
+    option = "--tensor-parallel" if settings.tensor_parallel else "--shard" if settings.shard else None
+    if option is not None and processes.count() == 1:
+        raise UserError(f"{option}: needs several processes, as torchrun --nproc-per-node 2 starts them")
+    if option is not None and device == "cpu":
+        raise UserError(f"{option}: needs GPUs, accelerate does not train a model in parts without")
 
 
 def _carry_out(run: _Run, callbacks: Sequence[Any], evaluate: bool) -> dict[str, Any]:
@@ -231,7 +233,9 @@ def _where_to_go_on(folder: Path) -> str:
     return f"the last checkpoint is {last}; --resume goes on from there"
 
 
-def _arguments(settings: JobSettings, options: RunOptions, device: str, job: Job, *, evaluates: bool) -> Any:
+def _arguments(
+    settings: JobSettings, options: RunOptions, device: str, job: Job, base: nn.Module, *, evaluates: bool
+) -> Any:
     from transformers.integrations import get_reporting_integration_callbacks
 
     if settings.best_epoch and not evaluates:
@@ -240,7 +244,12 @@ def _arguments(settings: JobSettings, options: RunOptions, device: str, job: Job
         get_reporting_integration_callbacks(list(options.report_to))
     with user_errors("training options"):
         return training_arguments(
-            settings, options, device, best=job.best if settings.best_epoch else None, evaluates=evaluates
+            settings,
+            options,
+            device,
+            best=job.best if settings.best_epoch else None,
+            evaluates=evaluates,
+            blocks=type(block_list(base)[1][0]).__name__,
         )
 
 

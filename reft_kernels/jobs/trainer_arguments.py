@@ -30,13 +30,20 @@ class RunOptions:
 
 
 def training_arguments(
-    settings: JobSettings, options: RunOptions, device: str, *, best: tuple[str, bool] | None, evaluates: bool
+    settings: JobSettings,
+    options: RunOptions,
+    device: str,
+    *,
+    best: tuple[str, bool] | None,
+    evaluates: bool,
+    blocks: str,
 ) -> Any:
     """The Trainer's TrainingArguments.
 
     Args:
         best: the metric that the best epoch is chosen by, and whether more of it is better.
         evaluates: there are held-out rows, looked at after every epoch.
+        blocks: the name of the class of the base model's blocks, each of which is sharded by itself.
     """
     from transformers import TrainingArguments
 
@@ -56,6 +63,8 @@ def training_arguments(
         more[name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"] = True
     if settings.compile != "none":
         more |= {"torch_compile": True, "torch_compile_mode": settings.compile}
+    if settings.shard:
+        more |= _sharding(blocks)
     if settings.tensor_parallel:
         from accelerate import ParallelismConfig
 
@@ -89,3 +98,19 @@ def training_arguments(
         report_to=list(options.report_to) or "none",
         **more,
     )
+
+
+def _sharding(blocks: str) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    # transformers 5 takes True; 4.57 has words for what its config says too.
+    is_flag = hasattr(TrainingArguments, "_apply_legacy_fsdp_to_config")
+    return {
+        "fsdp": True if is_flag else "full_shard auto_wrap",
+        "fsdp_config": {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": [blocks],
+            "state_dict_type": "FULL_STATE_DICT",
+        },
+    }

@@ -270,6 +270,14 @@ class JobSettings:
         "all see the same batches",
     )
 
+    shard: bool = _option(
+        False,
+        bool,
+        "speed",
+        "keep a part of every parameter in each process (FSDP2), for a base model that is too large for one GPU; each "
+        "sees batches of its own",
+    )
+
     def __post_init__(self) -> None:
         for name, option in OPTIONS.items():
             object.__setattr__(self, name, option.check(name, getattr(self, name)))
@@ -286,7 +294,13 @@ class JobSettings:
         if self.streaming is not None:
             self._check_streaming()
         if self.tensor_parallel:
-            self._check_tensor_parallel()
+            self._check_split("tensor_parallel", (*METHODS, "red", "frozen"))
+        if self.shard:
+            self._check_split("shard", (*METHODS, "red"))
+            if self.tensor_parallel:
+                raise ValueError("shard does not go with tensor_parallel: choose one of them")
+            if self.orthogonality == "polar":
+                raise ValueError("shard does not go with orthogonality 'polar', which needs each R in one piece")
         if (self.task == "classification") != (self.glue is not None):
             raise ValueError(f"glue must be named for a classification and for nothing else, got {self.glue!r}")
         self._check_pairs()
@@ -316,16 +330,16 @@ class JobSettings:
             if getattr(self, name) != default_of(name):
                 raise ValueError(f"streaming does not go with {name} {getattr(self, name)!r}")
 
-    def _check_tensor_parallel(self) -> None:
+    def _check_split(self, how: str, methods: tuple[str, ...]) -> None:
         for name, possible in (
             ("task", ("language",)),
-            ("method", (*METHODS, "red", "frozen")),
+            ("method", methods),
             ("component", COMPONENTS),  # others may lie where each process has a part
             ("cache_frozen", ("none",)),
-            ("compile", (False,)),
+            ("compile", ("none",)),
         ):
             if getattr(self, name) not in possible:
-                raise ValueError(f"tensor_parallel does not go with {name} {getattr(self, name)!r}")
+                raise ValueError(f"{how} does not go with {name} {getattr(self, name)!r}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> JobSettings:

@@ -11,6 +11,7 @@ from reft_kernels.model import ReftModel
 from reft_kernels.orthogonal import shared_rows
 from reft_kernels.rotate_layer import orthonormal_parts
 from reft_kernels.training.log_values import LogValues
+from reft_kernels.training.sharding import whole_outside_of_blocks
 
 NAME = "orthonormality_error"
 
@@ -47,5 +48,6 @@ class Orthonormality(LogValues):
 
     def log_values(self, args: Any, state: Any, model: Any) -> dict[str, float]:
         """See the class."""
-        error = orthonormality_error(model)
+        with whole_outside_of_blocks(model):
+            error = orthonormality_error(model)
         return {} if error is None else {NAME: float(error)}

@@ -21,6 +21,7 @@ from reft_kernels.training.checkpoints import last_complete_checkpoint, save_bes
 from reft_kernels.training.collators import LOCATIONS, SUBSPACES, ReftDataCollator
 from reft_kernels.training.length_groups import LengthGroups, groups_by_length
 from reft_kernels.training.log_values import LogValues
+from reft_kernels.training.sharding import save_optimizer, save_together, taking_whole_tensors
 from reft_kernels.training.split_models import tensor_parallel_size
 
 if TYPE_CHECKING:
@@ -238,9 +239,25 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
             resume_from_checkpoint = str(last)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer.save_model; of a sharded model the adapter alone is put together."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save:
-            save_beside(self.model, Path(output_dir if output_dir is not None else self.args.output_dir))
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self.is_fsdp_enabled:
+            save_together(self.model, folder, writes=self.args.should_save)
+        elif self.args.should_save:
+            save_beside(self.model, folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -254,9 +271,10 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         self._load(self.state.best_model_checkpoint)
 
     def _load(self, folder: str) -> None:
-        self.model.load_adapter(folder)
-        if (Path(folder) / BASE_FILE).is_file():
-            load_base_tensors(folder, self.model.model)
+        with taking_whole_tensors(self.is_fsdp_enabled):
+            self.model.load_adapter(folder)
+            if (Path(folder) / BASE_FILE).is_file():
+                load_base_tensors(folder, self.model.model)
 
 
 def _read_in_every_process(args: Any) -> None:
