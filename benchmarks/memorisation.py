@@ -240,19 +240,18 @@ def plot(report: dict[str, Any], path: Path) -> None:
     several = len(ranks) > 1 or len(methods) > 1
     figure = Figure(figsize=(4.3 * (2 + several), 3.7), layout="constrained")
     axes = figure.subplots(1, 2 + several)
-    smallest = [cell for cell in cells if cell["method"] == methods[0] and cell["rank"] == ranks[0]]
-    if not smallest:
-        smallest = [cell for cell in cells if cell["method"] == methods[0]]
+    rank = min(cell["rank"] for cell in cells if cell["method"] == methods[0])
+    smallest = [cell for cell in cells if (cell["method"], cell["rank"]) == (methods[0], rank)]
     for layer in layers:
         points = sorted((c["length"], 100 * c["recited"] / c["length"]) for c in smallest if c["layer"] == layer)
+        if not points:
+            continue
         axes[0].plot(*zip(*points, strict=True), "o-", color=colours[layer], label=f"layer {layer}", markersize=4)
     parameters = smallest[0]["parameters"]
     lengths = sorted({cell["length"] for cell in cells})
     _share_axis(axes[0], lengths, parameters * PAPER_WHOLE / PAPER_PARAMETERS)
     about, where = report["settings"], report["environment"]
-    axes[0].set_title(
-        f"{about['model']}\n{methods[0]}, rank {ranks[0]}: {parameters:,} parameters", fontsize=9, loc="left"
-    )
+    axes[0].set_title(f"{about['model']}\n{methods[0]}, rank {rank}: {parameters:,} parameters", fontsize=9, loc="left")
     axes[0].legend(frameon=False, fontsize=8)
     if several:
         _by_rank(axes[1], cells, methods, layers, ranks, colours)
@@ -289,6 +288,8 @@ def _by_rank(
             points = [
                 (r, max(c["recited"] for c in own if c["rank"] == r)) for r in ranks if any(c["rank"] == r for c in own)
             ]
+            if not points:
+                continue
             label = f"{method}, layer {layer}" if len(methods) > 1 else f"layer {layer}"
             axis.plot(*zip(*points, strict=True), style, color=colours[layer], label=label, markersize=4)
     axis.set_xscale("log", base=2)
@@ -303,8 +304,9 @@ def _by_rank(
 
 def _paper(axis: Any) -> None:
     """What the paper says of its experiment, as a band: its figures are not in this file."""
-    fallen = [min(100.0, 100 * (PAPER_WHOLE / length) ** power) for power in (1.5, 6) for length in PAPER_LENGTHS]
-    upper, lower = fallen[: len(PAPER_LENGTHS)], fallen[len(PAPER_LENGTHS) :]
+    upper, lower = (
+        [min(100.0, 100 * (PAPER_WHOLE / length) ** steepness) for length in PAPER_LENGTHS] for steepness in (1.5, 6)
+    )
     axis.fill_between(PAPER_LENGTHS, lower, upper, color="#ed8936", alpha=0.25, linewidth=0)
     axis.plot([PAPER_LENGTHS[0], PAPER_WHOLE], [100, 100], color="#dd6b20", linewidth=2)
     _share_axis(axis, PAPER_LENGTHS, PAPER_PARAMETERS / 2)

@@ -39,7 +39,8 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append([name, str(one["rows"]), one["metric"].replace("_", " "), *cells])
     text = _markdown(lines) + (
         "\n± is the standard error of an accuracy over its rows, sqrt(p (1 − p) / n); the seeds' standard deviation is "
-        "in brackets. A loss is better when it is lower.\n\n"
+        "in brackets. A loss is better when it is lower. On GLUE every method trains the classifier's head, the frozen "
+        "model nothing else.\n\n"
     )
     lines = [["training", "rows", "steps", *(TITLES.get(method, method) for method in methods)]]
     lines.append(["---", "---:", "---:", *["---:"] * len(methods)])

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memorisation, paper_task_report, paper_task_sets, paper_tasks, training_sides, training_steps
+from benchmarks import (
+    memorisation,
+    paper_task_rates,
+    paper_task_report,
+    paper_task_sets,
+    paper_tasks,
+    training_sides,
+    training_steps,
+)
 from benchmarks.paper_task_sets import TASK_SETS, Budget, settings_of
 from benchmarks.tiny import tiny_llama, tiny_tokenizer
 from reft_kernels.recipes import find_recipe
@@ -213,14 +221,18 @@ def test_a_set_keeps_its_recipe(name: str) -> None:
     assert settings.max_steps == one.budget.steps
     direft = settings.changed({**changes["nodireft"], "method": "nodireft"})
     wanted = find_recipe(one.direft[0]).settings
-    for key in ("dropout", "weight_decay", "warmup", "lr"):
+    for key in ("dropout", "weight_decay", "warmup", *([] if one.encoder else ["lr"])):
         assert getattr(direft, key) == getattr(wanted, key), key
     assert direft.batch_size == settings.batch_size
     lora = settings.changed({**changes["lora"], "method": "lora"})
-    assert 2e-4 <= lora.lr <= 5e-4
+    assert one.encoder or 2e-4 <= lora.lr <= 3e-4
     assert lora.cache_frozen == "none"
     assert set(one.tests).isdisjoint([one.train])
-    assert not changes["frozen"]
+    rates = {method: changed.get("lr") for method, changed in changes.items()}
+    if one.encoder:
+        assert rates == paper_task_sets.GLUE_RATES
+        assert settings.held_out == "share:0.1"
+    assert set(changes["frozen"]) == ({"lr"} if one.encoder else set())
 
 
 def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
@@ -286,6 +298,35 @@ def test_sets_without_files_are_left_out(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         paper_tasks.main(["--data", str(tmp_path / "none")])
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_the_rate_with_the_best_held_out_accuracy_is_chosen() -> None:
+    epochs = [
+        {"eval_accuracy": 0.6, "eval_loss": 0.7}, {"eval_accuracy": 0.8, "eval_loss": 0.6},
+        {"eval_accuracy": 0.8, "eval_loss": 0.5}, {"eval_runtime": 3.0},
+    ]  # fmt: skip
+    assert paper_task_rates.held_out_score({"held_out": epochs}) == {"accuracy": 0.8, "loss": 0.5}
+    runs = {
+        "loreft": {"0.001": {"accuracy": 0.8, "loss": 0.4}, "0.01": {"accuracy": 0.8, "loss": 0.3}},
+        "lora": {"0.001": {"accuracy": 0.7, "loss": 0.4}, "0.01": {"accuracy": 0.5, "loss": 0.3}},
+    }
+    assert paper_task_rates.choose(runs) == {"loreft": 0.01, "lora": 0.001}
+
+
+@pytest.mark.slow
+def test_a_tiny_run_of_the_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    out = tmp_path / "rates.json"
+    words = ["--tiny", "--work", str(tmp_path / "work"), "--out", str(out), "--methods", "frozen"]
+    assert paper_task_rates.main([*words, "--rates", "0.001", "0.1", "--max-steps", "2"]) == 0
+    report = json.loads(out.read_text())
+    assert set(report["runs"]["frozen"]) == {"0.001", "0.1"}
+    assert report["chosen"]["frozen"] in (0.001, 0.1)
+    logs = sorted((tmp_path / "work" / "rates").glob("*/frozen-42/train_log.json"))
+    assert [json.loads(log.read_text())["settings"]["eval_data"] for log in logs] == [[], []]
+    with pytest.raises(SystemExit):
+        paper_task_rates.main(["--data", str(tmp_path)])
+    assert "glue/sst2/train.jsonl.gz" in capsys.readouterr().err
 
 
 @pytest.mark.slow
