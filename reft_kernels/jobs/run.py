@@ -194,8 +194,8 @@ def _check_same_adapter(reft_model: ReftModel, folder: Path) -> None:
         check_base_tensors,
         describe_representation,
         read_description,
-        read_safetensors,
     )
+    from reft_kernels.tensor_files import read_safetensors
 
     with user_errors("--resume"):
         saved = read_description(folder)["representations"]
