@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from training_support import rows, save_encoder, save_model, sentences, write_ro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reft_kernels.cli import main
+from reft_kernels.jobs.adapters import adapt
+from reft_kernels.jobs.classification import ClassificationJob
 from reft_kernels.jobs.errors import UserError
 from reft_kernels.jobs.language import LanguageJob
 from reft_kernels.jobs.rows import hold_out_rows, source_names
 from reft_kernels.jobs.run import run_job
-from reft_kernels.jobs.trainer_arguments import RunOptions
+from reft_kernels.jobs.trainer_arguments import RunOptions, training_arguments
 from reft_kernels.recipes import JobSettings
 from reft_kernels.training.splits import glue_split
 
@@ -192,6 +195,104 @@ def test_a_classification_keeps_its_best_epoch(
     held = write_rows(tmp_path / "held.jsonl", [sentences(24, first=50)[k] for k in glue_split(24, 42).held_out])
     assert main(["eval", "--adapter", str(tmp_path / "run"), "--data", str(held), "--no-progress"]) == 0
     assert f"{metric} {max(scores):.4f}" in capsys.readouterr().out
+
+
+def test_the_halves_of_glue_follow_from_the_seed(data: dict[str, str]) -> None:
+    job = ClassificationJob(
+        settings_of(
+            task="classification", glue="sst2", data=[data["sentences"]], eval_data=[data["others"]], held_out="glue",
+            seed=7,
+        )
+    )  # fmt: skip
+    job.read()
+    rows_, split = sentences(24, first=50), glue_split(24, 7)
+    assert job.held_out == [rows_[k] for k in split.held_out]
+    assert job.evaluated == {"others": [rows_[k] for k in split.kept]}
+    assert split != glue_split(24, 42)
+
+
+def test_scores_of_a_regression_are_said_row_by_row(encoder: str, tmp_path: Path) -> None:
+    pairs = [
+        {"sentence1": row["sentence1"], "sentence2": "a box", "label": k / 2} for k, row in enumerate(sentences(8))
+    ]
+    path = write_rows(tmp_path / "pairs.jsonl", pairs)
+    settings = settings_of(task="classification", glue="stsb", data=[str(path)], eval_data=[str(path)], positions="f1")
+    log, _ = run(settings, encoder, tmp_path / "run")
+    said = [json.loads(line) for line in (tmp_path / "run/predictions/pairs.jsonl").read_text().splitlines()]
+    assert [row["gold"] for row in said] == [row["label"] for row in pairs]
+    table = torch.tensor([[row["answer"], row["gold"]] for row in said]).T
+    assert log["results"]["pairs"]["pearson"] == pytest.approx(float(torch.corrcoef(table)[0, 1]), abs=1e-5)
+
+
+@pytest.mark.parametrize(("evaluation", "metric", "best"), [("rank", "accuracy", max), ("loss", "loss", min)])
+def test_a_language_model_keeps_its_best_epoch(
+    language_model: str, data: dict[str, str], tmp_path: Path, evaluation: str, metric: str, best: Callable[..., float]
+) -> None:
+    quiz = [json.loads(line) for line in Path(data["quiz"]).read_text().splitlines()]
+    other = {"output": "the correct answer is answer1", "answer": "answer1"}
+    if evaluation == "loss":
+        other["output"] = "%$ & ! ?"  # the more is learned, the worse for this
+    held = [{**row, **other} for row in quiz[:2]]
+    train, test = write_rows(tmp_path / "all.jsonl", [*quiz, *held]), write_rows(tmp_path / "held.jsonl", held)
+    settings = settings_of(
+        data=[str(train)], eval_data=[str(test)], held_out="last:2", best_epoch=True, epochs=4, batch_size=1, warmup=0,
+        evaluation=evaluation,
+    )  # fmt: skip
+    log, _ = run(settings, language_model, tmp_path / "run")
+    found = [entry[f"eval_{metric}"] for entry in log["held_out"] if f"eval_{metric}" in entry]
+    assert len(found) == 4
+    assert log["results"]["held"][metric] == pytest.approx(best(found), rel=1e-3)
+    assert best(found) != found[-1] or evaluation == "rank"
+
+
+def test_settings_reach_the_generation_the_trainer_and_the_adapter(language_model: str, tmp_path: Path) -> None:
+    drawn = {"temperature": 0.3, "top_p": 0.75, "top_k": 40, "num_beams": 4}
+    more = {"no_repeat_ngram_size": 5, "repetition_penalty": 1.1}
+    found = LanguageJob(settings_of(**drawn, **more)).generation()
+    assert found == {"max_new_tokens": 6, "do_sample": True, "early_stopping": True, **drawn, **more}
+    assert LanguageJob(settings_of()).generation() == {"max_new_tokens": 6, "num_beams": 1}
+
+    settings = settings_of(
+        weight_decay=0.25, scheduler="cosine", seed=9, accumulation=3, max_grad_norm=0.5, eval_batch_size=7, epochs=5,
+        warmup=0.125, max_steps=11,
+    )  # fmt: skip
+    options = RunOptions(language_model, tmp_path / "run")
+    made = training_arguments(settings, options, "cpu", best=None, evaluates=False)
+    assert (made.weight_decay, made.lr_scheduler_type.value, made.seed) == (0.25, "cosine", 9)
+    assert (made.gradient_accumulation_steps, made.max_grad_norm, made.max_steps) == (3, 0.5, 11)
+    assert (made.per_device_train_batch_size, made.per_device_eval_batch_size) == (4, 7)
+    assert (made.learning_rate, made.num_train_epochs, made.get_warmup_steps(80)) == (0.02, 5, 10)
+    steps = training_arguments(settings.changed({"warmup": 6}), options, "cpu", best=None, evaluates=False)
+    assert steps.get_warmup_steps(80) == 6
+
+    base = AutoModelForCausalLM.from_pretrained(language_model)
+    edited = adapt(base, settings_of(dropout=0.25, layers="1", act_fn="relu", component="mlp_output"))
+    (one,) = edited.interventions.values()
+    assert (one.dropout.p, edited.representations[0].layer) == (0.25, 1)
+    assert (edited.representations[0].component, one.settings()["act_fn"]) == ("mlp_output", "relu")
+
+
+def test_lora_is_where_the_settings_say(language_model: str) -> None:
+    pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(language_model)
+    settings = settings_of(method="lora", layers="1", lora_modules=["o_proj"], lora_alpha=6, rank=3, dropout=0.25)
+    model = adapt(base, settings)
+    trained = [name for name, parameter in model.model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2
+    assert all(".layers.1.self_attn.o_proj.lora_" in name for name in trained)
+    layer = model.model.get_submodule(trained[0].partition(".lora_")[0])
+    assert (layer.scaling["default"], layer.r["default"], layer.lora_dropout["default"].p) == (2.0, 3, 0.25)
+
+
+def test_the_first_rows_of_evaluation_and_the_recipe_are_told(
+    language_model: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    settings = settings_of(data=[data["boxes"]], eval_data=[data["more"]], max_eval_examples=3, max_steps=1)
+    options = RunOptions(language_model, tmp_path / "run", device="cpu", progress=False, save_steps=0)
+    log = run_job(settings, options, recipe="some/recipe", say=lambda line: None)
+    assert log["results"]["more"]["rows"] == 3
+    for name in ("README.md", "report.html"):
+        assert "some/recipe" in (tmp_path / "run" / name).read_text()
 
 
 def test_resuming_another_adapter_of_peft_is_refused(language_model: str, data: dict[str, str], tmp_path: Path) -> None:

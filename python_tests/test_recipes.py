@@ -58,12 +58,56 @@ def test_a_recipe_names_what_there_is(name: str) -> None:
         ("math", {"epochs": 12, "max_new_tokens": 512, "warmup": 0.1}),
         ("gsm8k/direft", {"rank": 4, "tied": False, "dropout": 0.05, "weight_decay": 0.06, "held_out": "last:300"}),
         ("instruct/ultrafeedback", {"layers": "3;9;18;24", "rank": 4, "positions": "f5+l5", "max_length": 768}),
+        ("instruct/ultrafeedback", {"lr": 9e-4, "epochs": 9, "batch_size": 4, "accumulation": 32, "warmup": 0.0}),
+        ("instruct/alpaca", {"layers": "8;19", "positions": "f1+l1", "lr": 2e-5, "epochs": 1, "scheduler": "cosine"}),
+        ("commonsense", {"lr": 9e-4, "dropout": 0.0, "warmup": 0.1, "weight_decay": 0.0, "layers": "all"}),
+        ("commonsense/epochs-3", {"epochs": 3, "batch_size": 16, "accumulation": 1}),
+        ("math", {"lr": 9e-4, "rank": 8, "positions": "f7+l7", "batch_size": 16, "accumulation": 2}),
+        ("math/sampled", {"temperature": 0.3, "top_p": 0.75, "top_k": 40, "num_beams": 4}),
+        ("compose", {"rank": 8, "positions": "l1", "epochs": 3, "lr": 5e-3, "batch_size": 8, "warmup": 0.0}),
+        ("few-shot", {"rank": 4, "layers": "15", "positions": "l1", "epochs": 100, "lr": 4e-3, "batch_size": 10}),
         ("memorise", {"method": "consreft", "rank": 1, "positions": "l1", "epochs": 1000, "lr": 4e-3}),
     ],
 )  # fmt: skip
 def test_the_numbers_are_those_of_the_paper(name: str, expected: dict[str, Any]) -> None:
     settings = find_recipe(name).settings
     assert {key: getattr(settings, key) for key in expected} == expected
+
+
+GLUE_TABLES = {
+    # positions, dropout, learning rate in 1e-4, warmup, epochs; MNLI, SST-2, MRPC, CoLA, QNLI, QQP, RTE, STS-B
+    "": ("1 3 3 3 11 11 3 3", ".05 .1 .05 .2 .05 .05 .05 .05", "6 6 3 4 9 6 9 6", ".06 .1 0 .005 .1 0 0 .03",
+         "40 40 40 60 20 40 60 60"),
+    "/large": ("1 3 3 3 11 11 3 3", ".05 .05 .2 .2 .05 .05 .05 .05", "6 6 3 1 9 6 6 8", "0 .1 .06 .2 .1 .06 0 .2",
+               "20 20 30 30 20 20 30 30"),
+    "/direft": ("1 3 5 1 11 11 1 3", ".05 .1 .05 0 .05 .05 0 .05", "6 6 3 6 9 6 9 6", ".06 .1 .1 0 .1 0 0 .03",
+                "40 40 40 60 20 40 60 60"),
+    "/direft/large": ("1 3 1 1 11 7 3 3", ".05 .05 .1 .15 .05 .05 .05 .05", "6 6 9 9 9 9 6 8", "0 .1 0 0 .1 .1 0 .1",
+                      "20 20 50 60 20 20 30 30"),
+}  # fmt: skip
+# What is 0 (weight decay) or 32 (batch size) elsewhere.
+GLUE_EXCEPTIONS = {
+    "glue/cola/direft": {"weight_decay": 0.04},
+    "glue/rte/direft": {"weight_decay": 0.04, "batch_size": 8},
+    "glue/rte/direft/large": {"weight_decay": 0.006},
+}
+
+
+@pytest.mark.parametrize("ending", list(GLUE_TABLES))
+def test_every_number_of_the_glue_tables(ending: str) -> None:
+    columns = [[float(text) for text in row.split()] for row in GLUE_TABLES[ending]]
+    tasks = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
+    for task, prefix, dropout, lr, warmup, epochs in zip(tasks, *columns, strict=True):
+        name = f"glue/{task}{ending}"
+        wanted = {
+            "positions": f"f{prefix:.0f}", "dropout": dropout, "lr": pytest.approx(lr * 1e-4), "warmup": warmup,
+            "epochs": epochs, "weight_decay": 0.0, "batch_size": 32, "rank": 1, "layers": "all", "max_length": 256,
+            "scheduler": "linear", "accumulation": 1, "best_epoch": True, "held_out": "glue",
+            **GLUE_EXCEPTIONS.get(name, {}),
+        }  # fmt: skip
+        settings = find_recipe(name).settings
+        assert {key: getattr(settings, key) for key in wanted} == wanted, name
+        assert find_recipe(name).seeds == (42, 43, 44, 45, 46)
 
 
 def test_sizes_are_those_of_the_paper() -> None:

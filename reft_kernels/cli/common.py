@@ -1,21 +1,13 @@
-"""What the commands share: options and the loading of data.
-
-torch and transformers are imported inside the functions, so that `--help` answers at once.
-"""
+"""The parser and the options that the commands share."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from reft_kernels.jobs import processes
 from reft_kernels.jobs.base_models import DTYPES
-from reft_kernels.jobs.errors import UserError, user_errors
-
-if TYPE_CHECKING:
-    from reft_kernels.training.data import Example
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -93,26 +85,8 @@ def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, *, split: str) -> Any:
-    """--data, --split and --max-examples; returns their group."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        metavar="FILE|FOLDER|NAME",
-        required=True,
-        help="rows with the fields instruction, input, output, answer (input and answer may be left out; eval needs "
-        "answer or output): a .jsonl, .json or .parquet file (.gz too), a folder of them, or the name of a data set "
-        "on the Hugging Face hub, NAME or NAME:CONFIGURATION",
-    )
-    group.add_argument(
-        "--split", default=split, metavar="NAME", help="split of a data set from the hub, or of a folder's files"
-    )
-    group.add_argument("--max-examples", type=at_least(1), metavar="N", help="use the first N rows")
-    return group
-
-
 def add_template_argument(group: Any) -> None:
-    """--template, into the group of the data."""
+    """--template."""
     group.add_argument(
         "--template",
         type=template_text,
@@ -120,15 +94,3 @@ def add_template_argument(group: Any) -> None:
         help="the prompt, with %%s for the instruction (and, after a blank line, the input); \\n is a line "
         "break (default: %%s\\n, and for a trained adapter the template it was trained with)",
     )
-
-
-def load_examples(data: str, split: str, max_examples: int | None, *, needs_output: bool) -> list[Example]:
-    """The rows of a file or a folder of files, or of a data set on the hub if there is no such file."""
-    from reft_kernels.training.data import read_examples
-    from reft_kernels.training.sources import is_hub_name
-
-    path = Path(data).expanduser()
-    if not path.exists() and not is_hub_name(data):
-        raise UserError(f"--data {data}: no such file")
-    with user_errors("--data"):
-        return read_examples(data, split=split, max_examples=max_examples, needs_output=needs_output)

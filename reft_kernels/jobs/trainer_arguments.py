@@ -47,6 +47,8 @@ def training_arguments(
     """
     from transformers import TrainingArguments
 
+    from reft_kernels.training.length_groups import length_grouping
+
     more: dict[str, Any] = {}
     # transformers 5 takes a fraction as warmup_steps; 4.57 has a name of its own for it.
     if settings.warmup < 1 and "warmup_ratio" in TrainingArguments.__dataclass_fields__:
@@ -54,10 +56,7 @@ def training_arguments(
     else:
         more["warmup_steps"] = settings.warmup if settings.warmup < 1 else int(settings.warmup)
     if settings.group_by_length:
-        if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:  # as transformers 5 calls it
-            more["train_sampling_strategy"] = "group_by_length"
-        else:
-            more["group_by_length"] = True
+        more |= length_grouping()
     if settings.gradient_checkpointing:
         name = "activation_checkpointing"  # as transformers 5 calls it
         more[name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"] = True
