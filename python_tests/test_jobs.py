@@ -257,12 +257,12 @@ def test_settings_reach_the_generation_the_trainer_and_the_adapter(language_mode
         warmup=0.125, max_steps=11,
     )  # fmt: skip
     options = RunOptions(language_model, tmp_path / "run")
-    made = training_arguments(settings, options, "cpu", best=None, evaluates=False)
+    made = training_arguments(settings, options, "cpu", best=None, evaluates=False, blocks="")
     assert (made.weight_decay, made.lr_scheduler_type.value, made.seed) == (0.25, "cosine", 9)
     assert (made.gradient_accumulation_steps, made.max_grad_norm, made.max_steps) == (3, 0.5, 11)
     assert (made.per_device_train_batch_size, made.per_device_eval_batch_size) == (4, 7)
     assert (made.learning_rate, made.num_train_epochs, made.get_warmup_steps(80)) == (0.02, 5, 10)
-    steps = training_arguments(settings.changed({"warmup": 6}), options, "cpu", best=None, evaluates=False)
+    steps = training_arguments(settings.changed({"warmup": 6}), options, "cpu", best=None, evaluates=False, blocks="")
     assert steps.get_warmup_steps(80) == 6
 
     base = AutoModelForCausalLM.from_pretrained(language_model)

@@ -249,7 +249,7 @@ def _arguments(
             device,
             best=job.best if settings.best_epoch else None,
             evaluates=evaluates,
-            blocks=type(block_list(base)[1][0]).__name__,
+            blocks=type(block_list(base)[1][0]).__name__ if settings.shard else "",
         )
 
 

@@ -43,7 +43,8 @@ def training_arguments(
     Args:
         best: the metric that the best epoch is chosen by, and whether more of it is better.
         evaluates: there are held-out rows, looked at after every epoch.
-        blocks: the name of the class of the base model's blocks, each of which is sharded by itself.
+        blocks: the name of the class of the base model's blocks, each of which is sharded by itself; of use with
+            `shard` alone.
     """
     from transformers import TrainingArguments
 
