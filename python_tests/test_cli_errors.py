@@ -238,7 +238,7 @@ def test_interrupting_gives_130(
 
     monkeypatch.setattr("reft_kernels.jobs.rows.parse_rows", interrupt)
     assert main(given.argv()) == 130
-    assert capsys.readouterr().err == "reft_kernels train: interrupted\n"
+    assert capsys.readouterr().err == "reft_kernels train: interrupted; nothing was written\n"
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
