@@ -38,7 +38,7 @@ def is_complete(checkpoint: Path) -> bool:
         json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (checkpoint / CONFIG_FILE).is_file()
+    return True
 
 
 def save_beside(model: ReftModel, folder: Path) -> None:

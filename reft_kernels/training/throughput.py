@@ -182,7 +182,7 @@ class _Counts:
         counts = torch.stack(_count(inputs, source, causal))
         self._on_device = counts if self._on_device is None else self._on_device + counts
 
-    def gather(self, device: torch.device, copies: int) -> None:
+    def gather(self, device: torch.device, copies: int = 1) -> None:
         """Brings the counts to the host, summed over all processes, of which `copies` each have the same batches."""
         counts = torch.zeros(5, dtype=torch.int64, device=device)
         if self._on_device is not None:
