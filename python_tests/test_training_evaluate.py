@@ -145,7 +145,7 @@ def test_bad_arguments_are_named() -> None:
             evaluate_accuracy(model, tokenizer, [Example("a", answer="b")], rule="math", **given)
     with pytest.raises(ValueError, match="rule must be one of commonsense, math, gsm8k, got 'maths'"):
         evaluate_accuracy(model, tokenizer, [Example("a", answer="b")], rule="maths")
-    with pytest.raises(ValueError, match=r"style must be one of commonsense, .*, got 'maths'"):
+    with pytest.raises(ValueError, match=r"style must be one of plain, .*, got 'maths'"):
         evaluate_accuracy(model, tokenizer, [Example("a", answer="b")], style="maths")
     assert DEFAULT_TRIGGER == "the correct answer is "
 
