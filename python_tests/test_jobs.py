@@ -291,8 +291,9 @@ def test_the_first_rows_of_evaluation_and_the_recipe_are_told(
     options = RunOptions(language_model, tmp_path / "run", device="cpu", progress=False, save_steps=0)
     log = run_job(settings, options, recipe="some/recipe", say=lambda line: None)
     assert log["results"]["more"]["rows"] == 3
-    for name in ("README.md", "report.html"):
-        assert "some/recipe" in (tmp_path / "run" / name).read_text()
+    assert log["recipe"] == "some/recipe"
+    assert "| recipe | some/recipe |" in (tmp_path / "run" / "README.md").read_text()
+    assert "<title>some/recipe</title>" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_resuming_another_adapter_of_peft_is_refused(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
