@@ -257,10 +257,9 @@ def test_the_trainer_refuses_models_that_cannot_pack(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_few_shapes_are_few_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64)  # monkeypatch would delete the entries
+def test_few_shapes_are_few_graphs(tmp_path: Path) -> None:
     made = [{**row, "output": row["output"] + " box" * (k * 3 % 13)} for k, row in enumerate(rows(64))]
-    for name, value in (("automatic_dynamic_shapes", False), ("recompile_limit", 64)):
-        monkeypatch.setattr(torch._dynamo.config, name, value)
     found = []
     for pad_to in (None, 16):
         torch._dynamo.reset()
