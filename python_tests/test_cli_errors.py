@@ -199,6 +199,9 @@ def test_cuda_where_there_is_none(
     given: Given, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--step-graphs: needs a CUDA device and one process, got cpu and 1" in fails(
+        [*given.argv(), "--step-graphs"], capsys
+    )
     assert "--device cuda: torch " in fails(given.argv(device="cuda"), capsys)
 
 

@@ -241,6 +241,7 @@ def test_a_sharded_model_is_trained_as_a_whole_one(
         (("--shard", "--cache-frozen", "memory"), "settings: shard does not go with cache_frozen 'memory'"),
         (("--shard", "--orthogonality", "polar"), "settings: shard does not go with orthogonality 'polar'"),
         (("--shard", "--tensor-parallel"), "settings: shard does not go with tensor_parallel"),
+        (("--shard", "--step-graphs"), "settings: shard does not go with step_graphs True"),
     ],
 )
 def test_where_a_model_cannot_be_split(

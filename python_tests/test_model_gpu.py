@@ -10,10 +10,12 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recorded_graph import recorded_capture
 from tiny_models import VOCABULARY, random_batch, tiny_model
 from torch import Tensor
 
@@ -154,3 +156,28 @@ def test_it_learns() -> None:
         optimizer.step()
         losses.append(loss.detach())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("orthogonality", ["householder", "polar"])
+def test_step_graphs_train_as_the_steps_do(orthogonality: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainingArguments
+
+    from reft_kernels.training import ReftTrainer
+
+    if DEVICE != "cuda":
+        monkeypatch.setattr("reft_kernels.training.trainer.cuda_capture", lambda device: recorded_capture)
+    curves = []
+    for step_graphs in (False, True):
+        torch.manual_seed(0)
+        _, model = make(orthogonality=orthogonality, positions=None)
+        rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCABULARY, (48, 12))]
+        arguments = TrainingArguments(
+            str(tmp_path), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1,
+            report_to="none", use_cpu=DEVICE == "cpu", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = ReftTrainer(model, arguments, train_dataset=rows, step_graphs=step_graphs)
+        trainer.train()
+        curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert trainer.step_graphs is not None
+    assert len(trainer.step_graphs) == 1
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=0)

@@ -226,6 +226,12 @@ def test_settings_survive_json() -> None:
             {"cache_frozen": "disk", "gradient_checkpointing": True},
             "cache_frozen does not go with gradient_checkpointing",
         ),
+        ({"cache_frozen": "disk", "step_graphs": True}, "cache_frozen does not go with step_graphs"),
+        ({"gradient_checkpointing": True, "step_graphs": True}, "step_graphs does not go with gradient_checkpointing"),
+        (
+            {"compile": "max-autotune", "step_graphs": True},
+            "does not go with compile 'max-autotune', which makes graphs",
+        ),
         ({"epochs": 0}, "epochs must be above 0 where max_steps is not given"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
         ({"top_p": 1.5}, "top_p must be at most 1, got 1.5"),

@@ -95,7 +95,11 @@ class ClassificationJob:
     ) -> dict[str, Any]:
         """Further arguments of the trainer."""
         del tokenizer, reft_model, options
-        return {"compute_metrics": self.task.compute_metrics(), "share": self.share}
+        return {
+            "compute_metrics": self.task.compute_metrics(),
+            "share": self.share,
+            "step_graphs": self.settings.step_graphs,
+        }
 
     def head_parameters(self, reft_model: ReftModel) -> list[nn.Parameter]:
         """The parameters of the head that are trained."""

@@ -157,7 +157,11 @@ class LanguageJob:
     ) -> dict[str, Any]:
         """Further arguments of the trainer."""
         settings = self.settings
-        more: dict[str, Any] = {"share": self.share, "tensor_parallel": settings.tensor_parallel}
+        more: dict[str, Any] = {
+            "share": self.share,
+            "tensor_parallel": settings.tensor_parallel,
+            "step_graphs": settings.step_graphs,
+        }
         if self._answers and self.held_out:
             more["score"] = lambda model: self.evaluate_held_out(model, tokenizer).metrics
         if settings.cache_frozen != "none":

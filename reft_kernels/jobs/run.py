@@ -130,7 +130,7 @@ def _prepare(
             if options.cache_folder is not None and options.cache_folder.exists() and not options.cache_folder.is_dir():
                 raise UserError(f"--cache-folder {options.cache_folder}: exists and is no folder")
         job = make_job(settings)
-        _check_split(settings, device)
+        _check_device(settings, device)
         job.read()
         checkpoint = last_complete_checkpoint(folder) if options.resume else None
         if options.resume and checkpoint is None:
@@ -153,7 +153,9 @@ def _prepare(
     return _Run(job, options, reft_model, tokenizer, data, arguments, checkpoint, log, say)
 
 
-def _check_split(settings: JobSettings, device: str) -> None:
+def _check_device(settings: JobSettings, device: str) -> None:
+    if settings.step_graphs and (device == "cpu" or processes.count() > 1):
+        raise UserError(f"--step-graphs: needs a CUDA device and one process, got {device} and {processes.count()}")
     option = "--tensor-parallel" if settings.tensor_parallel else "--shard" if settings.shard else None
     if option is not None and processes.count() == 1:
         raise UserError(f"{option}: needs several processes, as torchrun --nproc-per-node 2 starts them")

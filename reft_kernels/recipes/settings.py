@@ -233,6 +233,13 @@ class JobSettings:
         "torch.compile the model, in this mode; reduce-overhead and max-autotune replay CUDA graphs",
         choices=("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     )
+    step_graphs: bool = _option(
+        False,
+        bool,
+        "speed",
+        "on a CUDA device, run forward and backward as one CUDA graph for each shape of batch that comes again; "
+        "--pad-to makes shapes few",
+    )
     cache_frozen: str = _option(
         "none",
         str,
@@ -314,12 +321,16 @@ class JobSettings:
         if self.subspaces and self.method != "loreft":
             raise ValueError(f"subspaces are of the method loreft, not of {self.method}")
         for name, others in (
-            ("cache_frozen", ("packing", "gradient_checkpointing", "compile")),
+            ("cache_frozen", ("packing", "gradient_checkpointing", "compile", "step_graphs")),
+            ("step_graphs", ("gradient_checkpointing",)),
             ("subspaces", ("packing",)),
         ):
             for other in others:
                 if all(getattr(self, one) != default_of(one) for one in (name, other)):
                     raise ValueError(f"{name} does not go with {other}")
+
+        if self.step_graphs and self.compile in ("reduce-overhead", "max-autotune"):
+            raise ValueError(f"step_graphs does not go with compile {self.compile!r}, which makes graphs of its own")
 
     def _check_streaming(self) -> None:
         if self.max_steps is None:
@@ -337,6 +348,7 @@ class JobSettings:
             ("component", COMPONENTS),  # others may lie where each process has a part
             ("cache_frozen", ("none",)),
             ("compile", ("none",)),
+            ("step_graphs", (False,)),
         ):
             if getattr(self, name) not in possible:
                 raise ValueError(f"{how} does not go with {name} {getattr(self, name)!r}")

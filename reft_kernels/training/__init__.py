@@ -41,6 +41,7 @@ from reft_kernels.training.pyreft_datasets import ReftDataset, ReftRawDataset
 from reft_kernels.training.report import write_report
 from reft_kernels.training.sources import SkippedRows, read_rows
 from reft_kernels.training.splits import Split, glue_split, gsm8k_split, hold_out
+from reft_kernels.training.step_graphs import StepGraphs
 from reft_kernels.training.streaming import StreamedDataset
 from reft_kernels.training.task_datasets import (
     ReftClassificationDataset,
@@ -85,6 +86,7 @@ __all__ = [
     "Split",
     "StreamedDataset",
     "SuffixCollator",
+    "StepGraphs",
     "SupervisedCollator",
     "SupervisedDataset",
     "Throughput",

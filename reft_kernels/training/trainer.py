@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithPadding, Trainer
@@ -23,6 +24,7 @@ from reft_kernels.training.length_groups import LengthGroups, groups_by_length
 from reft_kernels.training.log_values import LogValues
 from reft_kernels.training.sharding import save_optimizer, save_together, taking_whole_tensors
 from reft_kernels.training.split_models import tensor_parallel_size
+from reft_kernels.training.step_graphs import StepGraphs, cuda_capture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 # What pyreft's data sets number their rows with.
 _ROW = "id"
+# Beside the inputs of a model, in the batch of a step graph.
+_ITEMS, _MICRO_BATCHES = "reft_kernels.items", "reft_kernels.micro_batches"
 
 
 class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
@@ -61,11 +65,14 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         tokenizer: used for the default collator only: the base model's special tokens stay as they are, and
             checkpoints hold no tokenizer. `processing_class` is its name in newer versions of transformers.
         pyreft_compat: decay no parameter, whatever `weight_decay` says.
+        step_graphs: run forward and backward as one CUDA graph for each shape of batch that comes again; see
+            StepGraphs.
         **kwargs: Trainer's other arguments.
 
     Raises:
         TypeError: `model` is no ReftModel.
-        ValueError: both `tokenizer` and `processing_class` are given.
+        ValueError: both `tokenizer` and `processing_class` are given; or `step_graphs` on another device than a CUDA
+            device, with several processes, gradient checkpointing, or graphs of torch.compile's own.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         tokenizer: PreTrainedTokenizerBase | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         pyreft_compat: bool = False,
+        step_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, ReftModel):
@@ -99,6 +107,10 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
             self.label_names: list[str] = find_labels(type(self._base))
         self.can_return_loss: bool = can_return_loss(type(self._base))
         self._loss_shifts_labels = self._shifts_labels()
+        self.step_graphs: StepGraphs | None = None
+        if step_graphs:
+            _check_step_graphs(self.args)
+            self.step_graphs = StepGraphs(self._graphed_step, self.model.parameters(), cuda_capture(self.args.device))
 
     def _default_collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         return ReftDataCollator(DataCollatorWithPadding(tokenizer))
@@ -141,7 +153,28 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         """As Trainer.training_step; LogValues callbacks see the batch."""
         for callback in self._log_values():
             callback.see_batch(inputs)
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if self.step_graphs is None:
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return loss
+        return self._step_by_graph(inputs, *args, **kwargs)
+
+    def _step_by_graph(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The step, with all that changes from one to the next in tensors."""
+        assert self.step_graphs is not None
+        if isinstance(num_items_in_batch, int):
+            num_items_in_batch = torch.tensor(num_items_in_batch, device=self.args.device)
+        batch = {
+            **self._prepare_inputs(inputs),
+            _ITEMS: num_items_in_batch,
+            # Of the last step of an epoch there may be fewer.
+            _MICRO_BATCHES: getattr(self, "current_gradient_accumulation_steps", None),
+        }
+        return self.step_graphs(batch)
+
+    def _graphed_step(self, **batch: Any) -> Tensor:
+        items = batch.pop(_ITEMS)
+        del batch[_MICRO_BATCHES]
+        loss: Tensor = super().training_step(self.model_wrapped, batch, num_items_in_batch=items)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -282,6 +315,17 @@ def _read_in_every_process(args: Any) -> None:
     config: Any = args.accelerator_config
     if config.dispatch_batches is None:
         config.dispatch_batches = False
+
+
+def _check_step_graphs(args: Any) -> None:
+    for name, is_on in (
+        ("several processes", args.world_size > 1),
+        ("gradient_checkpointing", args.gradient_checkpointing),
+        ("torch_compile_mode", args.torch_compile and args.torch_compile_mode in ("reduce-overhead", "max-autotune")),
+        ("torch_empty_cache_steps", args.torch_empty_cache_steps is not None),
+    ):
+        if is_on:
+            raise ValueError(f"step_graphs does not go with {name}")
 
 
 def _is_matrix(model: nn.Module, name: str) -> bool:
