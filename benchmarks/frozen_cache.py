@@ -181,7 +181,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model_name,
         "dtype": arguments.dtype,
         "intervention": f"LoReFT, all layers, rank {arguments.rank}, {arguments.positions}, tied, fp32",
-        "data": Path(arguments.data).name,
+        "data": "/".join(Path(arguments.data).resolve().parts[-2:]),
         "batch": arguments.batch,
         "lr": arguments.lr,
         "place": arguments.place,
