@@ -115,6 +115,12 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is_noted(
         compare(plan[1:2], "somewhere", [], tmp_path, show=False, say=said.append)
 
 
+def test_nothing_to_compare_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["compare", "--model", "m", "--data", "rows.jsonl", "--output", str(tmp_path / "out")]
+    assert main(argv) == 2
+    assert "--eval-data: no data is named, so nothing to compare the methods by" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -173,6 +173,31 @@ def test_subspaces_are_trained_apart(language_model: str, data: dict[str, str], 
     assert torch.equal(before[name][1], after[name][1])
 
 
+def test_rows_name_their_own_subspaces(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
+    """As two files with a subspace each."""
+    named = []
+    for name, subspaces in (("boxes", [0]), ("more", [1])):
+        text = Path(data[name]).read_text(encoding="utf-8")
+        named += [{**json.loads(line), "subspaces": subspaces} for line in text.splitlines()]
+    values = {"max_steps": 4, "style": "alpaca"}
+    together = str(write_rows(tmp_path / "named.jsonl", named))
+    run(settings_of(data=[together], subspaces=["rows"], **values), language_model, tmp_path / "rows")
+    run(
+        settings_of(data=[data["boxes"], data["more"]], subspaces=["0", "1"], **values),
+        language_model, tmp_path / "files",
+    )  # fmt: skip
+    for name, weight in weights(tmp_path / "files").items():
+        assert torch.equal(weights(tmp_path / "rows")[name], weight)
+    for row, settings, message in (
+        (named[0], {}, "line 1: has a field 'subspaces', which --subspaces rows reads"),
+        (named[0], {"streaming": 4}, "line 1: has a field 'subspaces', which --subspaces rows reads"),
+        (rows(1)[0], {"subspaces": ["rows"]}, "line 1: field 'subspaces' is missing, which --subspaces rows reads"),
+    ):
+        one = str(write_rows(tmp_path / "one.jsonl", [row]))
+        with pytest.raises(UserError, match=message):
+            run(settings_of(data=[one], **{**values, **settings}), language_model, tmp_path / "bad")
+
+
 @pytest.mark.parametrize(("task", "metric"), [("sst2", "accuracy"), ("cola", "matthews_correlation")])
 def test_a_classification_keeps_its_best_epoch(
     encoder: str, data: dict[str, str], tmp_path: Path, task: str, metric: str, capsys: pytest.CaptureFixture[str]
@@ -369,6 +394,15 @@ def test_what_makes_it_faster_changes_no_loss(
         assert "mfu" not in fast
         assert any(line.startswith("cache ") for line in said)
         assert (tmp_path / "fast" / "cache").is_dir() == (speed["cache_frozen"] == "disk")
+
+
+def test_a_base_model_that_a_cache_cannot_be_of(
+    language_model: str, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reft_kernels.training.frozen_cache._TOLERANCE", {torch.float32: -1.0})
+    settings = settings_of(data=[data["boxes"]], cache_frozen="memory", positions="l3", max_steps=2)
+    with pytest.raises(UserError, match=r"--cache-frozen: .*LlamaModel computes other hidden states from kept keys"):
+        run(settings, language_model, tmp_path / "run")
 
 
 def test_styles_rules_templates_and_triggers() -> None:

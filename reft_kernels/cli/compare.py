@@ -54,6 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: exists and is no folder")
     settings, changes = _settings(arguments)
+    if not settings.eval_data:
+        raise UserError("--eval-data: no data is named, so nothing to compare the methods by")
 
     from reft_kernels.jobs.compare import cells, compare, table
     from reft_kernels.jobs.comparison_plot import draw

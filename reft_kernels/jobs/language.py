@@ -19,7 +19,7 @@ from reft_kernels.jobs.rows import hold_out_rows, read_all, source_names
 from reft_kernels.jobs.run_folder import CACHE
 from reft_kernels.jobs.scores import Scores
 from reft_kernels.jobs.trainer_arguments import RunOptions
-from reft_kernels.recipes.settings import JobSettings, read_subspace
+from reft_kernels.recipes.settings import BY_ROW, JobSettings, read_subspace
 from reft_kernels.training.answers import ANSWER_RULES, AnswerRule, TextAfterTrigger, answer_rule
 from reft_kernels.training.choices import Normalise, answer_choices, evaluate_choices
 from reft_kernels.training.cloze import ClozeExample, as_cloze
@@ -87,7 +87,9 @@ class LanguageJob:
             skipped=self.skipped,
         )
         self.train = [example for part in parts for example in part]
-        if settings.subspaces:
+        if settings.subspaces == BY_ROW:
+            self._subspace = {id(one): one.subspaces for one in self.train if one.subspaces is not None}
+        elif settings.subspaces:
             ranges = [read_subspace(text) for text in settings.subspaces]
             self._subspace = {id(example): s for part, s in zip(parts, ranges, strict=True) for example in part}
         with user_errors("--held-out"):
@@ -111,6 +113,11 @@ class LanguageJob:
 
     def _trained_row(self, row: Row) -> Example:
         example = self._row(row, needs_output=True)
+        by_row = self.settings.subspaces == BY_ROW
+        if by_row and example.subspaces is None:
+            raise ValueError(f"{row.where}: field 'subspaces' is missing, which --subspaces rows reads")
+        if example.subspaces is not None and not self.settings.subspaces:
+            raise ValueError(f"{row.where}: has a field 'subspaces', which --subspaces rows reads")
         if self.settings.held_out != "none":  # any row may be one of them
             self._check_answer(example, row.where)
         return example
@@ -211,7 +218,7 @@ class LanguageJob:
         settings = self.settings
 
         def texts(row: Row) -> tuple[str, str]:
-            one = self._row(row, needs_output=True)
+            one = self._trained_row(row)
             prompt, target = prompt_and_target(
                 one.instruction, one.input, one.output, style=self.style, tokenizer=tokenizer
             )

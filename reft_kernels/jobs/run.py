@@ -332,10 +332,16 @@ def _check_same_adapter(reft_model: ReftModel, folder: Path) -> None:
 def _train(trainer: Any, run: _Run) -> None:
     import torch
 
+    from reft_kernels.training.frozen_cache import CacheMismatch
+
     # Rows that are read while training may be wrong there.
     wrong_rows = (ValueError,) if run.job.settings.streaming is not None else ()
     try:
-        with write_errors(f"--output {run.options.output}"), user_errors("--data", wrong_rows):
+        with (
+            write_errors(f"--output {run.options.output}"),
+            user_errors("--data", wrong_rows),
+            user_errors("--cache-frozen", (CacheMismatch,)),
+        ):
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
             trainer.save_model()
     except torch.OutOfMemoryError as error:

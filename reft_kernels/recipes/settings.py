@@ -109,7 +109,8 @@ class JobSettings:
         (),
         str,
         "data",
-        'one for each of --data: the directions of the edit that its rows train, such as "0-3"',
+        'one for each of --data: the directions of the edit that its rows train, such as "0-3"; or "rows": each row '
+        "names its own in a field `subspaces`",
         metavar="RANGE",
         many=True,
     )
@@ -294,10 +295,13 @@ class JobSettings:
             raise ValueError("repetition_penalty must be above 0, got 0.0")
         if self.epochs == 0 and self.max_steps is None:
             raise ValueError("epochs must be above 0 where max_steps is not given, got 0.0")
-        if self.subspaces and len(self.subspaces) != len(self.data):
-            raise ValueError(f"subspaces must be one for each of data ({len(self.data)}), got {len(self.subspaces)}")
-        for text in self.subspaces:
-            read_subspace(text)
+        if self.subspaces and self.subspaces != BY_ROW:
+            if len(self.subspaces) != len(self.data):
+                raise ValueError(
+                    f'subspaces must be one for each of data ({len(self.data)}), or "rows"; got {len(self.subspaces)}'
+                )
+            for text in self.subspaces:
+                read_subspace(text)
         if self.streaming is not None:
             self._check_streaming()
         if self.tensor_parallel:
@@ -369,6 +373,10 @@ class JobSettings:
     def as_dict(self) -> dict[str, Any]:
         """Name and value of every field, as JSON has them (tuples as lists)."""
         return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in OPTIONS}
+
+
+# As `subspaces`: every row names its own.
+BY_ROW = ("rows",)
 
 
 def read_subspace(text: str) -> tuple[int, ...]:

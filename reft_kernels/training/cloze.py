@@ -46,4 +46,4 @@ def as_cloze(example: Example) -> ClozeExample:
         raise ValueError(f"the answer {answer!r} is none of the options {', '.join(names)}")
     right = options[names.index(answer.strip())]
     question = re.sub(r"\s+", " ", question).strip()
-    return ClozeExample(question, output=right, answer=right, choices=tuple(options))
+    return ClozeExample(question, output=right, answer=right, subspaces=example.subspaces, choices=tuple(options))

@@ -56,6 +56,10 @@ class FrozenCacheStats:
         return self.frozen_block_tokens / max(self.block_tokens, 1)
 
 
+class CacheMismatch(RuntimeError):
+    """A base model computes something else from what FrozenCache keeps than from all tokens."""
+
+
 class FrozenCache:
     """Keeps what never changes while a ReftModel is trained, so that an epoch costs what changes alone.
 
@@ -128,7 +132,7 @@ class FrozenCache:
         """The frozen states of a batch of SuffixCollator, kept or computed now; under the caller's autocast.
 
         Raises ValueError where gradient checkpointing is on, or where a forward hook has been put into the base model.
-        Raises RuntimeError where the first batch comes out differently without the cache.
+        Raises CacheMismatch where the first batch comes out differently without the cache.
         """
         rows: SuffixRows = batch[ROWS]
         if self._part.checkpointed():
@@ -205,7 +209,7 @@ class FrozenCache:
         inside = batch["attention_mask"][:, -n:].bool()
         off = float((found - wanted).abs()[inside].max() / wanted.abs()[inside].max())
         if not off <= _TOLERANCE.get(found.dtype, _TOLERANCE_OF_HALF):
-            raise RuntimeError(
+            raise CacheMismatch(
                 f"frozen_cache: {type(self._part.body).__name__} computes other hidden states from kept keys and "
                 f"values than from all tokens (they differ by {off:.1e} of the largest): it cannot be trained with them"
             )
