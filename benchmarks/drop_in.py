@@ -43,16 +43,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.against_pyreft import ROOT, commit, cpu_name
-from benchmarks.smollm2 import smollm2_folder
+from benchmarks.smollm2 import random_smollm2, smollm2_folder
 
 RESULTS = ROOT / "benchmarks" / "results" / "drop_in_cpu.json"
 ENDS = 7
 SIDES = ("none", "pyreft", "patched", "reft_kernels", "adapters")
 # The sizes of SmolLM2-135M.
-SMOLLM2 = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-}  # fmt: skip
 
 
 @dataclass
@@ -70,12 +66,10 @@ class Side:
 
 
 def base_model(arguments: argparse.Namespace) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     if arguments.random:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval()
+        model = random_smollm2(0)
         return model.requires_grad_(False).to(arguments.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -5,7 +5,8 @@
 #
 # OUT is the folder for results, benchmarks/results/gpu by default; every piece writes its output to OUT/PIECE.txt, and
 # timings and ceilings write their files as they go, so that a piece that is cut off loses nothing that came before.
-# Pieces, in the order in which they run: build native tests ceilings timings orthonormal model sanitizer plots.
+# Pieces, in the order in which they run: build native tests ceilings timings orthonormal model training sanitizer
+# plots.
 # GPU_SUITE_ONLY and PYTHON (python3) may be set instead. Needs only torch, Triton and pytest, and what Triton compiles its launchers with: a C
 # compiler (CC, gcc or clang) and Python.h. `native` builds the CUDA C++ kernels for this GPU, which takes nvcc, cmake
 # and pybind11 as well; a library with CUDA kernels that lies there already (REFT_KERNELS_FORCE_CUDA_BUILD=1
@@ -15,7 +16,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-pieces=(build native tests ceilings timings orthonormal model sanitizer plots)
+pieces=(build native tests ceilings timings orthonormal model training sanitizer plots)
 out=benchmarks/results/gpu
 only=${GPU_SUITE_ONLY:-}
 limit=530
@@ -173,6 +174,10 @@ orthonormal() {
 model() {
   "$python" -m benchmarks.drop_in --device cuda --random --rounds 15 --out "$out/drop_in.json"
 }
+training() {
+  "$python" -m benchmarks.training_steps --device cuda --dtype bfloat16 --random --rounds 20 --warmup 3 \
+    --out "$out/training_steps.json"
+}
 sanitizer() {
   local tool status=0
   "$python" -m benchmarks.sanitizer_case || return # compiles the kernels before a sanitizer slows everything down
@@ -187,7 +192,7 @@ plots() {
   "$python" -m benchmarks.run --suite ops --device cuda --out "$out" --only plots
 }
 
-declare -A seconds_of=([build]=45 [native]=60 [tests]=160 [ceilings]=25 [timings]=110 [orthonormal]=25 [model]=25 [sanitizer]=65 [plots]=15)
+declare -A seconds_of=([build]=45 [native]=60 [tests]=150 [ceilings]=25 [timings]=95 [orthonormal]=25 [model]=25 [training]=25 [sanitizer]=65 [plots]=15)
 names=() results=() spent=()
 note() { names+=("$1") results+=("$2") spent+=("$3"); }
 
@@ -211,7 +216,7 @@ run() {
 
 sanitizer_program=$(sanitizer_path)
 export out python sanitizer_program
-export -f arch build native pytest_within tests ceilings timings orthonormal model sanitizer plots
+export -f arch build native pytest_within tests ceilings timings orthonormal model training sanitizer plots
 
 device 2>&1 | tee "$out/device.txt"
 has_gpu=$((PIPESTATUS[0] == 0))

@@ -22,6 +22,10 @@ from reft_kernels.training.collators import LOCATIONS
 Batch = dict[str, Any]
 
 
+class Unavailable(Exception):
+    """A side that this machine cannot run."""
+
+
 @dataclass
 class Job:
     """What all sides train: the base model, frozen, the batches of SupervisedCollator and the adapter's settings."""
@@ -56,6 +60,7 @@ class Side:
         optimizer: steps ``parameters``.
         backward: whether a step goes backward.
         cache: the FrozenCache, where there is one.
+        forward_backward: both of batch k, instead of the backward of ``loss``.
     """
 
     loss: Callable[[int], Tensor]
@@ -64,14 +69,18 @@ class Side:
     optimizer: torch.optim.Optimizer | None = None
     backward: bool = True
     cache: Any = None
+    forward_backward: Callable[[int], Tensor] | None = None
 
     def step(self, index: int) -> Tensor:
         """A whole training step on batch ``index``, and its loss."""
         if not self.backward:
             with torch.no_grad():
                 return self.loss(index)
-        loss = self.loss(index)
-        loss.backward()
+        if self.forward_backward is not None:
+            loss = self.forward_backward(index)
+        else:
+            loss = self.loss(index)
+            loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -212,6 +221,28 @@ def reft_kernels_targets(job: Job) -> Side:
     return trained(lambda k: model(**batches[k], use_cache=False).loss, nn.ModuleList(edits), job, edits)
 
 
+def reft_kernels_graphs(job: Job) -> Side:
+    """The same with --step-graphs: forward and backward are a replay of a CUDA graph."""
+    from reft_kernels.training.step_graphs import StepGraphs, cuda_capture
+
+    try:
+        capture = cuda_capture(next(job.base.parameters()).device)
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
+    model, edits = _reft_model(job)
+    batches = [for_targets(batch) for batch in job.batches]
+
+    def forward_backward(**batch: Tensor) -> Tensor:
+        loss: Tensor = model(**batch, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    side = trained(lambda k: model(**batches[k], use_cache=False).loss, nn.ModuleList(edits), job, edits)
+    graphs = StepGraphs(forward_backward, side.parameters, capture, before=1)
+    side.forward_backward = lambda k: graphs(batches[k])
+    return side
+
+
 def reft_kernels_cached(job: Job) -> Side:
     """The same with --cache-frozen memory: what never changes is looked up."""
     from reft_kernels.training import FrozenCache
@@ -270,5 +301,6 @@ BUILDERS: dict[str, Callable[[Job], Side]] = {
     "reft_kernels": reft_kernels,
     "reft_kernels_polar": reft_kernels_polar,
     "reft_kernels_targets": reft_kernels_targets,
+    "reft_kernels_graphs": reft_kernels_graphs,
     "reft_kernels_cached": reft_kernels_cached,
 }

@@ -14,6 +14,7 @@ A step is forward with loss, backward, AdamW and zero_grad; LoReFT of rank 8 edi
     reft_kernels           ReftModel
     reft_kernels_polar     with orthogonality="polar" and StiefelAdamW
     reft_kernels_targets   with logits only for the columns that predict a target, as the package's trainer does it
+    reft_kernels_graphs    the same with --step-graphs, on CUDA devices
     reft_kernels_cached    as the trainer does it with --cache-frozen memory, once every row has been seen
 
 **The loop is the same plain one for all.** pyreft's own ReftTrainerForCausalLM runs on transformers 4.45 alone, on
@@ -48,7 +49,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops import machine, store
-from benchmarks.training_sides import BUILDERS, Batch, Job, Side, share_weights
+from benchmarks.training_sides import BUILDERS, Batch, Job, Side, Unavailable, share_weights
 from reft_kernels.positions import parse_positions
 from reft_kernels.training.data import SupervisedCollator
 from reft_kernels.training.item_layout import ItemLayout
@@ -67,9 +68,13 @@ OURS = "#2b6cb0"
 
 
 def base_model(arguments: argparse.Namespace) -> Any:
-    """The frozen model: SmolLM2-135M, a folder, or with --tiny a random Llama."""
+    """The frozen model: SmolLM2-135M, also with random weights, a folder, or with --tiny a random Llama."""
     dtype = getattr(torch, arguments.dtype)
-    if arguments.tiny:
+    if arguments.random:
+        from benchmarks.smollm2 import random_smollm2
+
+        model = random_smollm2(arguments.seed).to(dtype)
+    elif arguments.tiny:
         from benchmarks.tiny import tiny_llama
 
         model = tiny_llama(arguments.seed).to(dtype)
@@ -127,7 +132,7 @@ def build(job: Job, without: Sequence[str]) -> tuple[dict[str, Side], dict[str, 
             continue
         try:
             sides[name] = builder(job)
-        except ImportError as error:
+        except (ImportError, Unavailable) as error:
             missing[name] = str(error)
             print(f"without {name}: {error}", file=sys.stderr)
     share_weights(sides)
@@ -297,6 +302,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_steps", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="commonsense rows, .jsonl or .jsonl.gz; generated tokens by default")
     parser.add_argument("--model", help="a folder of save_pretrained, with its tokenizer; SmolLM2-135M by default")
+    parser.add_argument(
+        "--random", action="store_true", help="SmolLM2-135M with random weights: needs no package with the model"
+    )
     parser.add_argument("--tiny", action="store_true", help="a random Llama of two layers, to see that all of it works")
     parser.add_argument("--positions", nargs="+", default=["l7", "f7+l7"])
     parser.add_argument("--rank", type=int, default=8)
@@ -316,12 +324,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--rounds must be at least 2, for quartiles")
     if {"floor", "reft_kernels"} & set(arguments.without):
         parser.error("--without: floor and reft_kernels are what the others are compared with")
-    if arguments.tiny and arguments.data is not None:
-        parser.error("--tiny: has no tokenizer for the rows of --data")
+    if (arguments.tiny or arguments.random) and arguments.data is not None:
+        parser.error("--tiny, --random: have no tokenizer for the rows of --data")
     if arguments.data is not None and not arguments.data.is_file():
         parser.error(f"--data {arguments.data}: no such file")
     arguments.model_name = "SmolLM2-135M (dequantised Q4_1)" if arguments.model is None else Path(arguments.model).name
-    if arguments.tiny:
+    if arguments.random:
+        arguments.model_name = "SmolLM2-135M (random weights)"
+    elif arguments.tiny:
         arguments.model_name = "random Llama, 2 layers, width 32"
     elif arguments.model is None:
         from benchmarks.smollm2 import smollm2_folder

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_graph import recorded_capture
 
 from benchmarks import (
     memorisation,
@@ -83,6 +84,21 @@ def test_sides_train_the_adapter_alone_and_alike() -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in job.base.named_parameters())
     R = sides["reft_kernels_polar"].edits[0].rotate_layer.weight
     torch.testing.assert_close(R.mT @ R, torch.eye(4), atol=1e-5, rtol=0)
+
+
+def test_the_side_with_step_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of()
+    with pytest.raises(training_sides.Unavailable, match="for CUDA devices, got 'cpu'"):
+        training_sides.reft_kernels_graphs(job)
+    monkeypatch.setattr("reft_kernels.training.step_graphs.cuda_capture", lambda device: recorded_capture)
+    torch.manual_seed(0)
+    sides, _ = training_steps.build(job, without=["lora"])
+    training_steps.compare_losses(sides, "float32")
+    curves = [
+        [float(sides[name].step(k % 2)) for k in range(8)] for name in ("reft_kernels_targets", "reft_kernels_graphs")
+    ]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[1][-2] < curves[1][0]
 
 
 def test_losses_that_differ_are_found() -> None:
