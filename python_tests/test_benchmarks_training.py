@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_process import run_cells_here
 from recorded_graph import recorded_capture
 
 from benchmarks import (
@@ -330,8 +331,11 @@ def test_the_rate_with_the_best_held_out_accuracy_is_chosen() -> None:
 
 
 @pytest.mark.slow
-def test_a_tiny_run_of_the_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tiny_run_of_the_rates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("sklearn")
+    run_cells_here(monkeypatch)
     out = tmp_path / "rates.json"
     words = ["--tiny", "--work", str(tmp_path / "work"), "--out", str(out), "--methods", "frozen"]
     assert paper_task_rates.main([*words, "--rates", "0.001", "0.1", "--max-steps", "2"]) == 0
@@ -346,9 +350,12 @@ def test_a_tiny_run_of_the_rates(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_a_tiny_run_of_the_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tiny_run_of_the_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for package in ("matplotlib", "sklearn"):
         pytest.importorskip(package)
+    run_cells_here(monkeypatch)
     out = tmp_path / "tasks.json"
     words = ["--tiny", "--work", str(tmp_path / "work"), "--out", str(out), "--methods", "loreft", "frozen"]
     words += ["--only", "ARC-Easy", "gsm8k", "ultrafeedback", "sst2"]
