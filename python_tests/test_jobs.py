@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -571,6 +572,21 @@ def test_labels_out_of_range_are_named(encoder: str, tmp_path: Path) -> None:
     assert log["examples"]["used"] == 3
     assert log["examples"]["skipped"]["count"] == 1
     assert "line 4: label must be" in log["examples"]["skipped"]["reasons"][0]
+
+
+def test_few_lengths_of_texts(encoder: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", sentences(8))
+    settings = settings_of(task="classification", glue="sst2", data=[str(path)], positions="f1", max_steps=3)
+    undropped = Path(shutil.copytree(encoder, tmp_path / "encoder"))
+    config = json.loads((undropped / "config.json").read_text())
+    no_dropout = {name: 0.0 for name in config if name.endswith("_dropout_prob")}
+    (undropped / "config.json").write_text(json.dumps({**config, **no_dropout}))
+    plain, _ = run(settings, str(undropped), tmp_path / "plain")
+    padded, _ = run(settings.changed({"pad_to": [16]}), str(undropped), tmp_path / "padded")
+    wanted, found = ([entry["loss"] for entry in log["history"]] for log in (plain, padded))
+    assert found == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(UserError, match=r"--pad-to 3: texts have up to \d+ tokens"):
+        run(settings.changed({"pad_to": [2, 3]}), str(undropped), tmp_path / "short")
 
 
 def test_held_out_rows() -> None:

@@ -99,6 +99,26 @@ def test_positions_are_those_of_the_mask(positions: str, tied: bool) -> None:
         assert not torch.equal(named, model.model(**batch).logits)
 
 
+def test_few_lengths() -> None:
+    """Columns that are padded further change no logits."""
+    model = model_of("f2+l3")
+    tokenizer = make_encoder_tokenizer()
+    data = GlueDataset(tokenizer, model, single(5), "sst2")
+    items = [data[k] for k in range(5)]
+    plain = glue_collator(tokenizer)(items)
+    longest = plain["input_ids"].shape[1]
+    for pad_to, width in ((16, -(-longest // 16) * 16), ((4, longest + 3, 60), longest + 3)):
+        batch = glue_collator(tokenizer, pad_to)(items)
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, width)
+        assert batch["labels"].equal(plain["labels"])
+        names = ("input_ids", "attention_mask", "intervention_locations")
+        with torch.no_grad():
+            logits = [model.eval()(**{name: one[name] for name in names}).logits for one in (plain, batch)]
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=f"a batch of length {longest} is longer than the longest length, 3"):
+        glue_collator(tokenizer, [3])(items)
+
+
 def test_single_sentences() -> None:
     tokenizer = make_encoder_tokenizer()
     data = GlueDataset(tokenizer, model_of("f3"), single(5), "sst2")

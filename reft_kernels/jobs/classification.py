@@ -41,7 +41,7 @@ class ClassificationJob:
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
         self.share = processes.share
-        for name in ("cache_frozen", "packing", "pad_to", "subspaces", "template", "trigger"):
+        for name in ("cache_frozen", "packing", "subspaces", "template", "trigger"):
             if getattr(settings, name) != default_of(name):
                 raise UserError(f"--{name.replace('_', '-')}: is for language models, not for classifications")
         with user_errors("--glue"):
@@ -113,7 +113,12 @@ class ClassificationJob:
         with user_errors("--data"):
             train = self._dataset(self.train, tokenizer, reft_model)
             held_out = self._dataset(self.held_out, tokenizer, reft_model) if self.held_out else None
-            return {"train_dataset": train, "eval_dataset": held_out, "data_collator": glue_collator(tokenizer)}
+        longest = max(length for dataset in (train, held_out) if dataset is not None for length in dataset.lengths)
+        if len(self.settings.pad_to) > 1 and max(self.settings.pad_to) < longest:
+            raise UserError(f"--pad-to {max(self.settings.pad_to)}: texts have up to {longest} tokens")
+        with user_errors("--pad-to"):
+            collator = glue_collator(tokenizer, self.settings.padding)
+        return {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
 
     def _dataset(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, reft_model: ReftModel) -> GlueDataset:
         return GlueDataset(tokenizer, reft_model, rows, self.task, max_length=self.settings.max_length)

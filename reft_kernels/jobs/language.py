@@ -246,11 +246,10 @@ class LanguageJob:
         return stream(self.skipped, buffer)
 
     def _collator(self, tokenizer: PreTrainedTokenizerBase) -> SupervisedCollator | PackedCollator:
-        sizes = self.settings.pad_to
-        pad_to = None if not sizes else sizes[0] if len(sizes) == 1 else sizes
-        if self.settings.packing is not None:
-            return PackedCollator(pad_token_id(tokenizer), row_length=self.settings.packing, pad_to=pad_to)
-        return SupervisedCollator(pad_token_id(tokenizer), pad_to=pad_to)
+        settings = self.settings
+        if settings.packing is not None:
+            return PackedCollator(pad_token_id(tokenizer), row_length=settings.packing, pad_to=settings.padding)
+        return SupervisedCollator(pad_token_id(tokenizer), pad_to=settings.padding)
 
     def _dataset(
         self,

@@ -370,6 +370,11 @@ class JobSettings:
             option_named(name)
         return dataclasses.replace(self, **values)
 
+    @property
+    def padding(self) -> int | tuple[int, ...] | None:
+        """`pad_to` as collators take it: a step, the lengths themselves, or None."""
+        return self.pad_to[0] if len(self.pad_to) == 1 else self.pad_to or None
+
     def as_dict(self) -> dict[str, Any]:
         """Name and value of every field, as JSON has them (tuples as lists)."""
         return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in OPTIONS}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from reft_kernels.training.buckets import Buckets
 from reft_kernels.training.collators import LOCATIONS, ReftDataCollator
 from reft_kernels.training.item_layout import position_spans, span_locations
 from reft_kernels.training.metrics import compute_metrics
@@ -226,16 +227,34 @@ def _label(row: Mapping[str, Any], where: str, task: GlueTask) -> int | float:
     return float(label)
 
 
-def glue_collator(tokenizer: PreTrainedTokenizerBase) -> ReftDataCollator:
+@dataclass
+class _PaddedTexts:
+    """Encoded texts -> a batch as the tokenizer pads it, S being of few sizes."""
+
+    tokenizer: PreTrainedTokenizerBase
+    buckets: Buckets | None
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> Any:
+        from transformers import DataCollatorWithPadding
+
+        if self.buckets is None:
+            return DataCollatorWithPadding(self.tokenizer)(list(items))
+        width = self.buckets.next(max(len(item["input_ids"]) for item in items))
+        return DataCollatorWithPadding(self.tokenizer, padding="max_length", max_length=width)(list(items))
+
+
+def glue_collator(tokenizer: PreTrainedTokenizerBase, pad_to: int | Sequence[int] | None = None) -> ReftDataCollator:
     """Items of GlueDataset -> a batch padded to its longest item, with `attention_mask` [B, S] and positions.
 
-    Raises ValueError where the tokenizer has no padding token.
-    """
-    from transformers import DataCollatorWithPadding
+    Args:
+        pad_to: S is a multiple of this number, or one of these numbers (see Buckets).
 
+    Raises ValueError where the tokenizer has no padding token; in a call, for a batch that is longer than every number
+    in `pad_to`.
+    """
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no pad_token, which batches of texts are filled up with")
-    return ReftDataCollator(DataCollatorWithPadding(tokenizer))
+    return ReftDataCollator(_PaddedTexts(tokenizer, None if pad_to is None else Buckets(pad_to)))
 
 
 def train_head(model: nn.Module) -> list[str]:
