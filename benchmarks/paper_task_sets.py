@@ -27,7 +27,7 @@ LANGUAGE_LORA = {"lr": 3e-4, "lora_alpha": 16, "dropout": 0.05, "warmup": 0.1, "
 
 
 # By `python -m benchmarks.paper_task_rates`.
-GLUE_RATES = {"loreft": 3e-3, "nodireft": 1e-2, "lora": 1e-3, "frozen": 3e-2}
+GLUE_RATES = {"loreft": 3e-3, "nodireft": 1e-2, "lora": 1e-3, "frozen": 3e-1}
 
 
 @dataclass(frozen=True)
