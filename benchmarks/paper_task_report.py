@@ -32,11 +32,11 @@ def table(report: Mapping[str, Any]) -> str:
     """Scores, then what was trained and how long, as Markdown."""
     sets, trainings = report["sets"], report["trainings"]
     methods = list(dict.fromkeys(method for one in sets.values() for method in one["methods"]))
-    head = ["data set", "rows", "metric", *(TITLES.get(method, method) for method in methods)]
-    lines = [head, ["---", "---:", "---", *["---:"] * len(methods)]]
+    head = ["data set", "rows", "seeds", "metric", *(TITLES.get(method, method) for method in methods)]
+    lines = [head, ["---", "---:", "---:", "---", *["---:"] * len(methods)]]
     for name, one in sets.items():
         cells = [_score(one["metric"], one["methods"].get(method)) for method in methods]
-        lines.append([name, str(one["rows"]), one["metric"].replace("_", " "), *cells])
+        lines.append([name, str(one["rows"]), str(_seeds(one)), one["metric"].replace("_", " "), *cells])
     text = _markdown(lines) + (
         "\n± is the standard error of an accuracy over its rows, sqrt(p (1 − p) / n); the seeds' standard deviation is "
         "in brackets. A loss is better when it is lower. On GLUE every method trains the classifier's head, the frozen "
@@ -60,6 +60,10 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     text += "\nFailed:\n\n" + "".join(failed) if failed else ""
     return text + _samples(report.get("samples", {}))
+
+
+def _seeds(one: Mapping[str, Any]) -> int:
+    return max(len(found["values"]) for found in one["methods"].values())
 
 
 def _markdown(lines: list[list[str]]) -> str:
@@ -114,14 +118,14 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (name, one) in zip(axes, sets.items(), strict=False):
         _panel(axis, one)
-        axis.set_title(f"{name} ({one['rows']} rows)", fontsize=9)
+        seeds = _seeds(one)
+        axis.set_title(f"{name} ({one['rows']} rows, {seeds} seed{'s' if seeds > 1 else ''})", fontsize=9)
     for axis in axes[len(sets) :]:
         axis.set_visible(False)
     about = report["environment"]
     figure.suptitle(
-        f"{' and '.join(report['models'].values())}; {about['device']}, commit {about['commit']}\n"
-        f"one small budget for all methods, seeds {', '.join(map(str, report['seeds']))}; whiskers: standard error of "
-        "an accuracy, else the spread of seeds",
+        f"{' and '.join(report['models'].values())}; {about['device']}\n"
+        "one small budget for all methods; whiskers: standard error of an accuracy, else the spread of seeds",
         fontsize=8,
     )
     store.replace_file(path, lambda partial: figure.savefig(partial, format="png", dpi=150))

@@ -150,6 +150,8 @@ def enter(
         "family": TASK_SETS[name].family,
         "recipe": TASK_SETS[name].recipe,
         "budget": asdict(budget),
+        "commit": report["environment"]["commit"],
+        "utc": report["environment"]["utc"],
         "settings": settings,
         "methods": {
             method: {
@@ -175,6 +177,23 @@ def enter(
             "rows": rows,
             "methods": {method: method_result(metric, values, rows) for method, values in scores.items()},
         }
+
+
+def add_report(path: Path, report: dict[str, Any]) -> None:
+    """Enters the data sets of an earlier report, if there is one."""
+    if not path.is_file():
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for part in ("models", "sets", "trainings", "samples"):
+        report[part] = earlier[part]
+
+
+def put_in_order(report: dict[str, Any]) -> None:
+    """The order of TASK_SETS, whichever were run first."""
+    order = list(TASK_SETS)
+    for part, training in (("trainings", lambda name, _: name), ("sets", lambda _, one: one["trained_on"])):
+        places = sorted(report[part].items(), key=lambda item: order.index(training(*item)))
+        report[part] = dict(places)
 
 
 def samples_of(
@@ -292,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--threads", type=int, default=1)
     add("--work", type=Path, metavar="FOLDER", help="for the runs (default: paper_tasks in the cache of reft_kernels)")
     add("--tiny", action="store_true", help="random models and made-up rows, to see that all of it works")
+    add("--add", action="store_true", help="keep the data sets that --out holds already, of these models")
     add("--out", type=Path, default=RESULTS, help="the JSON; table and picture lie beside it")
     arguments = parser.parse_args(argv)
     arguments.work = (arguments.work or cache_root() / "paper_tasks").resolve()
@@ -306,8 +326,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore", UserWarning)
-    report: dict[str, Any] = {"environment": environment(arguments), "models": {}, "seeds": arguments.seeds,
-                              "sets": {}, "trainings": {}, "samples": {}, "left_out": {}}  # fmt: skip
+    report: dict[str, Any] = {"environment": environment(arguments), "models": {}, "sets": {}, "trainings": {},
+                              "samples": {}, "left_out": {}}  # fmt: skip
+    if arguments.add:
+        add_report(arguments.out, report)
     began = time.perf_counter()
     for number, name in enumerate(arguments.only, start=1):
         say(f"[{number}/{len(arguments.only)}] {name}, {time.perf_counter() - began:.0f} s so far")
@@ -317,6 +339,7 @@ def main(argv: list[str] | None = None) -> int:
             report["left_out"][name] = str(error)
             say(f"  left out: {error}")
             continue
+        put_in_order(report)
         store.write_json(arguments.out, report)
         text = table(report)
         store.replace_file(arguments.out.with_suffix(".md"), lambda partial, text=text: partial.write_text(text))

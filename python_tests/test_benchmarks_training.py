@@ -270,7 +270,7 @@ def made_up_report() -> dict[str, Any]:
     frozen = {**entry, "seconds": [], "parameters": 0, "failed": {"44": "out of memory"}}
     result = paper_task_report.method_result
     return {
-        "environment": {"device": "d", "commit": "c"}, "models": {"language": "m"}, "seeds": [42, 43],
+        "environment": {"device": "d", "commit": "c"}, "models": {"language": "m"},
         "sets": {
             "quiz": {"metric": "accuracy", "rows": 100,
                      "methods": {name: result("accuracy", one, 100) for name, one in scores.items()}},
@@ -285,10 +285,10 @@ def made_up_report() -> dict[str, Any]:
 def test_the_table(tmp_path: Path) -> None:
     text = paper_task_report.table(made_up_report())
     lines = text.splitlines()
-    assert lines[0] == "| data set | rows | metric | LoReFT | frozen |"
+    assert lines[0] == "| data set | rows | seeds | metric | LoReFT | frozen |"
     # sqrt(0.75 * 0.25 / 100) and the deviation of 0.7 and 0.8
-    assert lines[2] == "| quiz | 100 | accuracy | 0.750 ± 0.043 (0.071) | 0.500 ± 0.050 (0.000) |"
-    assert lines[3] == "| chat | 9 | loss | 2.000 | 2.500 |"
+    assert lines[2] == "| quiz | 100 | 2 | accuracy | 0.750 ± 0.043 (0.071) | 0.500 ± 0.050 (0.000) |"
+    assert lines[3] == "| chat | 9 | 1 | loss | 2.000 | 2.500 |"
     assert "| quiz | 8 | 2 | 1,234; 11 s* | 0 |" in lines
     assert "- quiz, frozen, seed 44: out of memory" in lines
     assert "> say something" in lines
@@ -373,7 +373,7 @@ def test_a_tiny_run_of_the_tasks(
     assert [set(one["said"]) for one in report["samples"]["ultrafeedback"]] == [{"loreft", "frozen"}] * 3
     assert str(tmp_path) not in out.read_text()
     table = out.with_suffix(".md").read_text()
-    assert "| SVAMP | 8 | accuracy |" in table
+    assert "| SVAMP | 8 | 1 | accuracy |" in table
     assert out.with_suffix(".png").stat().st_size > 10000
     # A second call runs nothing anew and finds the same.
     before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "work").glob("*/*/train_log.json"))]
@@ -383,6 +383,13 @@ def test_a_tiny_run_of_the_tasks(
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "work").glob("*/*/train_log.json"))] == before
     assert json.loads(out.read_text())["sets"] == report["sets"]
     assert out.with_suffix(".md").read_text() == table
+    # Another seed of one of them, beside the others.
+    words[words.index("--only") + 1 :] = ["sst2", "--seeds", "42", "43", "--add"]
+    assert paper_tasks.main(words) == 0
+    joined = json.loads(out.read_text())["sets"]
+    assert list(joined) == list(report["sets"])
+    assert set(joined["sst2"]["methods"]["loreft"]["values"]) == {"42", "43"}
+    assert {**joined, "sst2": None} == {**report["sets"], "sst2": None}
 
 
 def test_the_budget_can_be_given() -> None:
