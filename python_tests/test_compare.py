@@ -101,6 +101,11 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is_noted(
         "frozen-1",
         "lora-1",
     ]
+    log = json.loads((tmp_path / "loreft-1" / "train_log.json").read_text())
+    del log["settings"]["step_graphs"]  # a version without that setting
+    (tmp_path / "loreft-1" / "train_log.json").write_text(json.dumps(log))
+    compare(plan[:1], "somewhere", [], tmp_path, show=False, say=said.append)
+    assert len(ran) == 4
     other = cells(JobSettings(lr=1.0), ["loreft"], [1], {}, tmp_path)
     compare(other, "somewhere", [], tmp_path, show=False, say=said.append)
     assert len(ran) == 5

@@ -92,9 +92,11 @@ def _finished(cell: Cell, model: str, options: Sequence[str]) -> dict[str, Any] 
     if not path.is_file():
         return None
     log = read_log(path)
+    # A log of an earlier version has fewer settings: those that came since were at their defaults.
     own = {**cell.settings.as_dict(), "model": model_source(model)}
+    ran = {**JobSettings().as_dict(), **log.get("settings", {})}
     own |= {name: options[options.index(f"--{name}") + 1] for name in ("dtype", "device") if f"--{name}" in options}
-    same = all(log.get("settings", {}).get(name) == value for name, value in own.items())
+    same = all(ran.get(name) == value for name, value in own.items())
     return log if log.get("finished") and same else None
 
 
