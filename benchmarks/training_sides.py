@@ -225,8 +225,9 @@ def reft_kernels_graphs(job: Job) -> Side:
     """The same with --step-graphs: forward and backward are a replay of a CUDA graph."""
     from reft_kernels.training.step_graphs import StepGraphs, cuda_capture
 
+    device = next(job.base.parameters()).device
     try:
-        capture = cuda_capture(next(job.base.parameters()).device)
+        cuda_capture(device)
     except ValueError as error:
         raise Unavailable(str(error)) from error
     model, edits = _reft_model(job)
@@ -238,7 +239,7 @@ def reft_kernels_graphs(job: Job) -> Side:
         return loss.detach()
 
     side = trained(lambda k: model(**batches[k], use_cache=False).loss, nn.ModuleList(edits), job, edits)
-    graphs = StepGraphs(forward_backward, side.parameters, capture, before=1)
+    graphs = StepGraphs(forward_backward, nn.ModuleList(edits), lambda: cuda_capture(device), before=1)
     side.forward_backward = lambda k: graphs(batches[k])
     return side
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -73,3 +74,15 @@ def smollm2() -> Path:
     from benchmarks.smollm2 import smollm2_folder
 
     return smollm2_folder()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_collections() -> None:
+    """Takes what is there for good out of the garbage collector's sight: a Trainer collects after every training."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Lets what was taken out be freed at the end."""
+    gc.unfreeze()

@@ -1,7 +1,8 @@
 """CUDA graphs on a CPU: a call's operations are recorded with their tensors, and run again on the same memory.
 
-As with a CUDA graph, nothing of Python runs at a replay: what the host computed, cached or branched on at the capture
-stays as it was. Reading a tensor on the host raises, as it does while a stream is captured.
+As with CUDA graphs, nothing of Python runs at a replay: what the host computed, cached or branched on at the capture
+stays as it was. Reading a tensor on the host raises, as it does while a stream is captured. Graphs of one pool share
+memory: a replay spoils all that the other graphs have made.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from reft_kernels.orthogonal import OrthonormalRows
 
-_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim")
+_READS = {
+    "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "repeat_interleave", "bincount",
+    "_unique", "_unique2", "unique_dim", "unique_consecutive",
+}  # fmt: skip
+_INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+        self.operations: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        if name in _READS:
+        indices = tree_leaves(args[1]) if name in _INDEXED else []
+        if name in _READS or any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         result = func(*args, **kwargs)
         # The memory of now, whatever a parameter's `.data` may be later.
@@ -41,21 +47,41 @@ class _Recorder(TorchDispatchMode):
         self.operations.append((func, args, kwargs, new))
         return result
 
+    @torch.no_grad()
+    def run(self) -> None:
+        for func, args, kwargs, outputs in self.operations:
+            found = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            for output, value in zip(outputs, found, strict=True):
+                if output is not None:
+                    output.copy_(value)
 
-def recorded_capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """As `cuda_capture`'s, but tensors of the recording are never freed, and no recordings share memory."""
-    with mock.patch.object(OrthonormalRows, "_key", return_value=None):  # as it is while a stream is captured
-        run()
-        recorder = _Recorder()
-        with recorder, mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
-            loss = run()
+    @torch.no_grad()
+    def spoil(self) -> None:
+        for _, _, _, outputs in self.operations:
+            for output in outputs:
+                if output is not None:
+                    output.fill_(float("nan") if output.is_floating_point() else 0)
 
-    def replay() -> None:
-        with torch.no_grad():
-            for func, args, kwargs, outputs in recorder.operations:
-                found = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
-                for output, value in zip(outputs, found, strict=True):
-                    if output is not None:
-                        output.copy_(value)
 
-    return replay, loss
+def recorded_capture(*_: Any) -> Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]:
+    """As `cuda_capture`: what captures graphs of one pool."""
+    pool: list[_Recorder] = []
+
+    def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        # As it is while a stream is captured, which runs nothing and so draws nothing either.
+        with mock.patch.object(OrthonormalRows, "_key", return_value=None), torch.random.fork_rng(devices=[]):
+            run()
+            recorder = _Recorder()
+            with recorder, mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+                loss = run()
+        pool.append(recorder)
+
+        def replay() -> None:
+            for other in pool:
+                if other is not recorder:
+                    other.spoil()
+            recorder.run()
+
+        return replay, loss
+
+    return capture

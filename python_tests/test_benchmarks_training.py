@@ -91,7 +91,7 @@ def test_the_side_with_step_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of()
     with pytest.raises(training_sides.Unavailable, match="for CUDA devices, got 'cpu'"):
         training_sides.reft_kernels_graphs(job)
-    monkeypatch.setattr("reft_kernels.training.step_graphs.cuda_capture", lambda device: recorded_capture)
+    monkeypatch.setattr("reft_kernels.training.step_graphs.cuda_capture", recorded_capture)
     torch.manual_seed(0)
     sides, _ = training_steps.build(job, without=["lora"])
     training_steps.compare_losses(sides, "float32")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,12 +25,13 @@ from reft_kernels.training import (
 from reft_kernels.training.data import SupervisedCollator
 from reft_kernels.training.frozen_cache import FrozenCache
 from reft_kernels.training.packing import PackedCollator
+from reft_kernels.training.step_graph_checks import check_step_graphs
 from reft_kernels.training.step_graphs import StepGraphs, cuda_capture
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reft_kernels.training.trainer.cuda_capture", lambda device: recorded_capture)
+    monkeypatch.setattr("reft_kernels.training.trainer.cuda_capture", recorded_capture)
 
 
 class Line(nn.Module):
@@ -48,7 +51,7 @@ class Line(nn.Module):
 
 
 def of(line: Line, **options: Any) -> StepGraphs:
-    return StepGraphs(line.step, line.parameters(), recorded_capture, **options)
+    return StepGraphs(line.step, line, recorded_capture, **options)
 
 
 def test_a_shape_that_comes_again_is_replayed() -> None:
@@ -63,7 +66,7 @@ def test_a_shape_that_comes_again_is_replayed() -> None:
         assert line.unused.grad is None
     # Two as they are, two for the capture.
     assert line.calls == 4
-    assert len(graphs) == 1
+    assert graphs.stats.graphs == 1
 
 
 def test_gradients_are_added_whoever_made_them() -> None:
@@ -77,7 +80,39 @@ def test_gradients_are_added_whoever_made_them() -> None:
         wanted += x.sum(0)
         assert line.w.grad is not None
         assert line.w.grad.equal(wanted)
-    assert len(graphs) == 2
+    assert graphs.stats.graphs == 2
+
+
+def test_a_gradient_outlives_the_replays_of_other_graphs() -> None:
+    line = Line()
+    graphs = of(line, before=1)
+    for k in range(6):
+        line.zero_grad()
+        wanted = torch.zeros(3)
+        for many in (1, 2, 1):
+            x = torch.arange(3.0).repeat(many, 1) + k
+            graphs({"x": x})
+            wanted += x.sum(0)
+        assert line.w.grad is not None
+        assert line.w.grad.equal(wanted)
+
+
+def test_batches_are_left_alone() -> None:
+    graphs = of(Line(), before=1)
+    batches = [torch.full((3,), float(k)) for k in range(4)]
+    for x in batches:
+        graphs({"x": x})
+    assert [float(x[0]) for x in batches] == [0, 1, 2, 3]
+
+
+def test_dtypes_and_types_are_parts_of_the_shape() -> None:
+    line = Line()
+    graphs = StepGraphs(lambda x, power: line.step(x, int(power)), line, recorded_capture, before=1)
+    for _ in range(3):
+        for x, power in ((torch.ones(3), 1), (torch.ones(3).double(), 1), (torch.ones(3), 1.0), (torch.ones(3), True)):
+            line.zero_grad()
+            assert graphs({"x": x, "power": power}).dtype == x.dtype
+    assert graphs.stats.graphs == 4
 
 
 def test_a_loss_outlives_the_next_replay() -> None:
@@ -95,13 +130,13 @@ def test_what_is_no_tensor_is_a_part_of_the_shape() -> None:
         graphs({"x": torch.arange(3.0), "power": power})
         assert line.w.grad is not None
         assert line.w.grad.equal(torch.arange(3.0) ** power * power)
-    assert len(graphs) == 2
+    assert graphs.stats.graphs == 2
     of(line)({"x": torch.ones(3), "power": torch.tensor(2)})
     line = Line()
-    graphs = StepGraphs(lambda x, names: line.step(x), line.parameters(), recorded_capture, before=1)
+    graphs = StepGraphs(lambda x, names: line.step(x), line, recorded_capture, before=1)
     for _ in range(4):
         graphs({"x": torch.ones(3), "names": ["a list is given to no graph"]})
-    assert len(graphs) == 0
+    assert graphs.stats.graphs == 0
 
 
 def test_there_are_no_more_graphs_than_asked_for() -> None:
@@ -113,19 +148,63 @@ def test_there_are_no_more_graphs_than_asked_for() -> None:
             graphs({"x": torch.ones(many, 3)})
             assert line.w.grad is not None
             assert line.w.grad.equal(torch.full((3,), float(many)))
-    assert len(graphs) == 1
+    assert graphs.stats.graphs == 1
 
 
-def test_graphs_of_memory_that_is_gone_are_dropped() -> None:
-    line = Line()
+class Moved(Line):
+    """With a second parameter and a buffer that are part of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("c", torch.ones(3))
+
+    def step(self, x: Tensor, power: int = 1) -> Tensor:
+        loss = (self.w * x * self.v * self.c).sum()
+        loss.backward()
+        return loss.detach()
+
+
+@pytest.mark.parametrize("name", ["w", "v", "c"])
+def test_graphs_of_memory_that_is_gone_are_dropped(name: str) -> None:
+    line = Moved()
+    graphs = of(line, before=1)
+    shapes = ((3,), (2, 3))
+    for _ in range(3):
+        for shape in shapes:
+            graphs({"x": torch.ones(shape)})
+    getattr(line, name).data = torch.full((3,), 2.0)
+    for shape in shapes:
+        line.zero_grad()
+        assert graphs({"x": torch.ones(shape)}) == 2 * torch.ones(shape).sum()
+        factor = 1 if name == "w" else 2
+        assert line.w.grad is not None
+        assert line.w.grad.equal(factor * torch.ones(shape).reshape(-1, 3).sum(0))
+
+
+def test_a_parameter_that_is_unfrozen_later() -> None:
+    line = Moved()
     graphs = of(line, before=1)
     for _ in range(3):
-        graphs({"x": torch.ones(3), "power": 2})
-    line.w.data = torch.full((3,), 2.0)
-    line.zero_grad()
-    assert graphs({"x": torch.ones(3), "power": 2}) == 12
-    assert line.w.grad is not None
-    assert line.w.grad.equal(torch.full((3,), 4.0))
+        graphs({"x": torch.ones(3)})
+    line.v.requires_grad_(True)
+    for k in range(3):
+        line.zero_grad()
+        graphs({"x": torch.full((3,), float(k))})
+        assert line.v.grad is not None
+        assert line.v.grad.equal(torch.full((3,), float(k)))
+
+
+def test_running_out_of_memory_stays_what_it_is() -> None:
+    line = Line()
+
+    def capture(run: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graphs = StepGraphs(line.step, line, lambda: capture, before=1)
+    graphs({"x": torch.ones(3)})
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs({"x": torch.ones(3)})
 
 
 def test_a_step_that_reads_a_tensor_cannot_be_captured() -> None:
@@ -134,7 +213,7 @@ def test_a_step_that_reads_a_tensor_cannot_be_captured() -> None:
     def step(x: Tensor) -> Tensor:
         return line.step(x) if float(x.sum()) > 0 else x
 
-    graphs = StepGraphs(step, line.parameters(), recorded_capture, before=1)
+    graphs = StepGraphs(step, line, recorded_capture, before=1)
     graphs({"x": torch.ones(3)})
     kept = line.w.grad
     with pytest.raises(RuntimeError, match=r"\{'x': \[3\]\} cannot be made a CUDA graph: .*Train without step graphs"):
@@ -151,7 +230,7 @@ def test_debug_mode_runs_steps_as_they_are() -> None:
             graphs({"x": torch.ones(3)})
     finally:
         reft_kernels.set_debug(False)
-    assert len(graphs) == 0
+    assert graphs.stats.graphs == 0
     assert line.calls == 3
 
 
@@ -196,7 +275,7 @@ def trained(
         make_tokenizer(), model, [row["instruction"] for row in made], [row["output"] for row in made]
     )
     arguments = TrainingArguments(
-        str(tmp_path), num_train_epochs=3, per_device_train_batch_size=4, learning_rate=2e-2, logging_steps=1,
+        str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, learning_rate=2e-2, logging_steps=1,
         report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True, **options,
     )  # fmt: skip
     set_seed(0)
@@ -216,7 +295,7 @@ def curve(trainer: Any) -> list[float]:
 def test_the_same_training(options: dict[str, Any], tmp_path: Path, recorded: None) -> None:
     plain = trained(tmp_path, graphs=False, **options)
     graphed = trained(tmp_path, graphs=True, **options)
-    assert len(graphed.step_graphs) >= 1
+    assert graphed.step_graphs.stats.graphs >= 1
     tolerance = 1e-5 if not options.get("bf16") else 2e-2
     assert curve(graphed) == pytest.approx(curve(plain), rel=tolerance)
     assert curve(plain)[-1] < curve(plain)[0]
@@ -232,9 +311,10 @@ def test_most_steps_are_replays(tmp_path: Path, recorded: None, monkeypatch: pyt
         ReftTrainerForCausalLM, "_graphed_step", lambda self, **batch: run.append(1) or step(self, **batch)
     )
     trainer = trained(tmp_path, graphs=True)
-    assert trainer.state.global_step == 30
-    shapes = len(trainer.step_graphs._met)
-    assert len(run) <= 4 * shapes < 30
+    assert trainer.state.global_step == 20
+    stats = trainer.step_graphs.stats
+    assert len(run) <= 4 * stats.shapes < 20
+    assert (stats.steps, stats.replayed) == (20, 20 - 2 * stats.shapes)
 
 
 def test_items_are_no_part_of_the_shape(tmp_path: Path, recorded: None) -> None:
@@ -242,12 +322,13 @@ def test_items_are_no_part_of_the_shape(tmp_path: Path, recorded: None) -> None:
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     losses = [float(trainer._step_by_graph(batch, items)) for items in (1, 1, 2, 4, torch.tensor(8))]
     assert losses == pytest.approx([losses[0] / items for items in (1, 1, 2, 4, 8)])
-    assert len(trainer.step_graphs) == 1
+    assert trainer.step_graphs.stats.graphs == 1
 
 
 def test_packed_rows(tmp_path: Path, recorded: None) -> None:
-    plain = trained(tmp_path, graphs=False, collator=PackedCollator(0, 96))
-    graphed = trained(tmp_path, graphs=True, collator=PackedCollator(0, 96))
+    plain = trained(tmp_path, graphs=False, collator=PackedCollator(0, 96, pad_to=96))
+    graphed = trained(tmp_path, graphs=True, collator=PackedCollator(0, 96, pad_to=96))
+    assert graphed.step_graphs.stats.replayed >= 6
     assert curve(graphed) == pytest.approx(curve(plain), rel=1e-5)
 
 
@@ -258,8 +339,35 @@ def test_every_replay_drops_out_anew(tmp_path: Path, recorded: None) -> None:
     for intervention in trainer.model.interventions.values():
         nn.init.normal_(intervention.learned_source.weight)
     losses = torch.stack([trainer._step_by_graph(batch) for _ in range(40)])
-    assert len(trainer.step_graphs) == 1
+    assert trainer.step_graphs.stats.graphs == 1
     assert len(losses.unique()) > 30
+
+
+def test_resuming_draws_the_same_masks(tmp_path: Path, recorded: None) -> None:
+    """Whichever steps are replays, dropout's generator goes on alike."""
+    found = []
+    for before in (2, 7):
+        torch.manual_seed(1)
+        line = Line()
+
+        def step(x: Tensor, line: Line = line) -> Tensor:
+            return line.step(nn.functional.dropout(x, 0.5))
+
+        graphs = StepGraphs(step, line, recorded_capture, before=before)
+        found.append([float(graphs({"x": torch.arange(3.0) + k})) for k in range(12)])
+    assert found[0] == found[1]
+
+
+def test_a_replay_is_a_step_of_training(tmp_path: Path, recorded: None) -> None:
+    """An evaluation in between leaves model and optimiser in eval mode."""
+    trainer = trained(tmp_path, graphs=True, max_steps=1)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.optimizer.train = mock.Mock()
+    for _ in range(4):
+        trainer.model.eval()
+        trainer._step_by_graph(batch)
+        assert trainer.model.training
+    assert trainer.optimizer.train.call_count >= 4
 
 
 def test_classification(tmp_path: Path, recorded: None) -> None:
@@ -283,11 +391,22 @@ def test_classification(tmp_path: Path, recorded: None) -> None:
         )  # fmt: skip
         trainer.train()
         found.append(curve(trainer))
-    assert len(trainer.step_graphs) == 1
+    assert trainer.step_graphs.stats.graphs == 1
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled(tmp_path: Path, recorded: None) -> None:
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    plain = trained(tmp_path, graphs=False)
+    graphed = trained(tmp_path, graphs=True, **options)
+    assert graphed.step_graphs.stats.replayed > 6
+    assert curve(graphed) == pytest.approx(curve(plain), rel=1e-5)
+
+
 REFUSED = {
+    "optim 'lomo'": {"optim": "lomo"},
+    "optim 'galore_adamw_layerwise'": {"optim": "galore_adamw_layerwise"},
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "torch_compile_mode": {"torch_compile": True, "torch_compile_mode": "reduce-overhead"},
     "torch_empty_cache_steps": {"torch_empty_cache_steps": 2},
@@ -298,6 +417,24 @@ REFUSED = {
 def test_what_does_not_go_with_it(name: str, tmp_path: Path, recorded: None) -> None:
     with pytest.raises(ValueError, match=f"step_graphs does not go with {name}"):
         trained(tmp_path, graphs=True, **REFUSED[name])
+
+
+def test_what_reads_a_mask_is_refused(tmp_path: Path, recorded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_reft_model(make_llama(), ReftConfig(method="loreft", layers="all", rank=2, positions="l2"))
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    model.model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="sdpa and eager attention, which read no mask; got 'flash_attention_2'"):
+        check_step_graphs(arguments, model.model)
+    model.model.config._attn_implementation = "sdpa"
+    check_step_graphs(arguments, model.model)
+    for name, value in (("fsdp", ["full_shard"]), ("deepspeed", "zero.json")):
+        others = copy.copy(arguments)
+        setattr(others, name, value)
+        with pytest.raises(ValueError, match=f"step_graphs does not go with {name}"):
+            check_step_graphs(others, model.model)
+    monkeypatch.delattr("transformers.utils.import_utils.is_cuda_stream_capturing")
+    with pytest.raises(ValueError, match="step_graphs needs transformers 5"):
+        check_step_graphs(arguments, model.model)
 
 
 def test_a_frozen_cache_does_not_go_with_it(tmp_path: Path, recorded: None) -> None:

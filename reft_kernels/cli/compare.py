@@ -55,7 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--output {folder}: exists and is no folder")
     settings, changes = _settings(arguments)
     if not settings.eval_data:
-        raise UserError("--eval-data: no data is named, so nothing to compare the methods by")
+        raise UserError("--eval-data: no data is named, so nothing to compare the methods by (held-out rows are not)")
+    if settings.task == "language" and settings.evaluation == "none":
+        raise UserError("--evaluation none: leaves nothing to compare the methods by")
 
     from reft_kernels.jobs.compare import cells, compare, table
     from reft_kernels.jobs.comparison_plot import draw

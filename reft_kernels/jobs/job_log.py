@@ -102,6 +102,12 @@ def say_training(log: Mapping[str, Any], speed: Throughput, folder: Path, say: C
             f"cache    {cache['hits']:,} of {looked:,} rows had been kept, {cache['bytes'] / 2**30:.2f} GiB; "
             f"{100 * cache['saved_fraction']:.0f} % of tokens times blocks are constant"
         )
+    if graphs := log.get("step_graphs"):
+        say(
+            f"graphs   {graphs['replayed']:,} of {graphs['steps']:,} forward and backward passes were replayed, "
+            f"{graphs['graphs']} graphs for {graphs['shapes']} shapes of batches"
+            + ("; --pad-to makes shapes few" if 2 * graphs["replayed"] < graphs["steps"] else "")
+        )
     say(f"adapter  {log['adapter_bytes']:,} bytes in {folder}")
 
 
@@ -120,6 +126,8 @@ def make_clock() -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.steps = state.global_step - self._first
+            if state.global_step >= state.max_steps:  # or what came since the last log would be in none
+                control.should_log = True
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.seconds = time.perf_counter() - self._start

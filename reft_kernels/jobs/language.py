@@ -39,6 +39,7 @@ from reft_kernels.training.prompts import prompt_and_target, prompt_style
 from reft_kernels.training.sharding import whole_outside_of_blocks
 from reft_kernels.training.sources import Row, SkippedRows, is_hub_name
 from reft_kernels.training.streaming import StreamedDataset
+from reft_kernels.training.subspaces import check_subspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,7 @@ class LanguageJob:
         self.held_out: list[Example] = []
         self.evaluated: dict[str, list[Example]] = {}
         self._subspace: dict[int, tuple[int, ...]] = {}
+        self._subspace_size: int | None = None
 
     def read(self) -> None:
         """Read the rows to train on, those held out, and those to evaluate. Raises UserError naming source and row."""
@@ -113,14 +115,23 @@ class LanguageJob:
 
     def _trained_row(self, row: Row) -> Example:
         example = self._row(row, needs_output=True)
-        by_row = self.settings.subspaces == BY_ROW
-        if by_row and example.subspaces is None:
-            raise ValueError(f"{row.where}: field 'subspaces' is missing, which --subspaces rows reads")
-        if example.subspaces is not None and not self.settings.subspaces:
-            raise ValueError(f"{row.where}: has a field 'subspaces', which --subspaces rows reads")
+        self._check_subspaces(example, row.where)
         if self.settings.held_out != "none":  # any row may be one of them
             self._check_answer(example, row.where)
         return example
+
+    def _check_subspaces(self, example: Example, where: str) -> None:
+        own = example.subspaces
+        if self.settings.subspaces != BY_ROW:
+            if own is not None:
+                raise ValueError(f"{where}: has a field 'subspaces', which --subspaces rows reads")
+            return
+        if own is None:
+            raise ValueError(f"{where}: field 'subspaces' is missing, which --subspaces rows reads")
+        if self._subspace_size is None:
+            check_subspace(own, where, len(own), self.settings.rank)
+            self._subspace_size = len(own)
+        check_subspace(own, where, self._subspace_size, self.settings.rank)
 
     def _scored_row(self, row: Row) -> Example:
         example = self._row(row, needs_output=self.settings.evaluation in ("loss", "recite"))

@@ -185,6 +185,8 @@ def _carry_out(run: _Run, callbacks: Sequence[Any], evaluate: bool) -> dict[str,
         cache = getattr(trainer, "frozen_cache", None)
         if cache is not None:
             log["frozen_cache"] = {**asdict(cache.stats), "saved_fraction": cache.stats.saved_fraction}
+        if trainer.step_graphs is not None:
+            log["step_graphs"] = asdict(trainer.step_graphs.stats)
         log |= describe_training(trainer, clock, speed)
         with processes.together():
             if processes.is_first():
@@ -333,6 +335,7 @@ def _train(trainer: Any, run: _Run) -> None:
     import torch
 
     from reft_kernels.training.frozen_cache import CacheMismatch
+    from reft_kernels.training.step_graphs import CaptureError
 
     # Rows that are read while training may be wrong there.
     wrong_rows = (ValueError,) if run.job.settings.streaming is not None else ()
@@ -341,6 +344,7 @@ def _train(trainer: Any, run: _Run) -> None:
             write_errors(f"--output {run.options.output}"),
             user_errors("--data", wrong_rows),
             user_errors("--cache-frozen", (CacheMismatch,)),
+            user_errors("--step-graphs", (CaptureError,)),
         ):
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
             trainer.save_model()

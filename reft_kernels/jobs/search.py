@@ -101,7 +101,9 @@ def search(
     if not finished:
         failed = [entry["message"] for entry in results["trials"] if entry.get("message")]
         raise UserError("no trial was finished" + (f"; the first failed: {failed[0]}" if failed else ""))
-    best = (max if more_is_better else min)(finished, key=lambda entry: entry["value"])
+    sign = 1 if more_is_better else -1
+    # Of equal ones the cheapest, which is on the frontier.
+    best = min(finished, key=lambda entry: (-sign * entry["value"], entry["parameters"], entry["ms_per_step"]))
     values = {**settings.as_dict(), **best["settings"]}
     entry = {"title": f"The best of {len(results['trials'])} trials: {metric} {best['value']:.4f}", "settings": values}
     write_atomically(folder / BEST_FILE, json.dumps({"recipes": {"best": entry}}, indent=1) + "\n")

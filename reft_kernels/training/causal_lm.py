@@ -58,7 +58,7 @@ class ReftTrainerForCausalLM(ReftTrainer):
             check_packing(model)
         self.frozen_cache = frozen_cache
         if frozen_cache is not None:
-            if self.step_graphs is not None:
+            if self._replays_steps:
                 raise ValueError("frozen_cache looks each batch's rows up on the host, which step_graphs cannot")
             self._check_frozen_cache(frozen_cache, model)
             self.data_collator: Any = SuffixCollator(self.data_collator)

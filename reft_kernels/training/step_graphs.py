@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reft_kernels.debug import debug_is_on
 
 Run = Callable[[], Tensor]
 Capture = Callable[[Run], tuple[Callable[[], None], Tensor]]
+
+
+class CaptureError(RuntimeError):
+    """A training step that cannot be made a CUDA graph."""
+
+
+@dataclass
+class StepGraphStats:
+    """What was replayed: steps by a graph, all steps, graphs, and shapes of batches."""
+
+    replayed: int = 0
+    steps: int = 0
+    graphs: int = 0
+    shapes: int = 0
 
 
 class StepGraphs:
@@ -22,16 +36,17 @@ class StepGraphs:
     A step on a small batch is hundreds of launches, each of which costs the host more time than the GPU; a replay is
     one. The first ``before`` batches of a shape run as they are, the next is captured and replayed from then on. All
     graphs together hold about the activations of the largest. Batches of few shapes are what this is for (collators'
-    ``pad_to``, packing); those of further shapes than ``most`` run as they are, and so do all in debug mode.
+    ``pad_to``); those of further shapes than ``most`` run as they are, and so do all in debug mode.
 
     Losses and gradients are those of the step as it is; gradients are added to what is in ``.grad``. Dropout draws a
-    new mask at every replay. Graphs are dropped where a parameter's memory is another's than at their capture.
+    new mask at every replay, as from the generator's state of then. Graphs are dropped where a tensor of the model
+    has come to lie elsewhere, or to need a gradient or none; parameters and buffers that come later are not seen.
 
     Args:
         step: forward and backward of a batch, which is given as keywords: returns the loss, scalar, detached. It reads
             no tensor on the host.
-        parameters: all that it makes gradients of.
-        capture: makes a graph of a call: returns what replays it, and the tensor that the call returned.
+        model: whose parameters the step makes gradients of.
+        capturing: makes what captures, for graphs that share memory; see :func:`cuda_capture`.
         before: how many batches of a shape run as they are.
         most: how many graphs are kept.
 
@@ -42,8 +57,8 @@ class StepGraphs:
     def __init__(
         self,
         step: Callable[..., Tensor],
-        parameters: Iterable[Tensor],
-        capture: Capture,
+        model: nn.Module,
+        capturing: Callable[[], Capture],
         *,
         before: int = 2,
         most: int = 16,
@@ -53,17 +68,23 @@ class StepGraphs:
         if most < 0:
             raise ValueError(f"most must be at least 0, got {most}")
         self._step = step
-        self._parameters = [p for p in parameters if p.requires_grad]
-        self._capture = capture
+        self._parameters = list(model.parameters())
+        self._buffers = list(model.buffers())
+        self._capturing = capturing
+        self._capture: Capture | None = None
         self._before = before
         self._most = most
         self._met: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Graph] = {}
-        self._addresses: tuple[int, ...] = ()
+        self._state: tuple[Hashable, ...] = ()
+        self._trained: list[nn.Parameter] = []
+        self._stats = StepGraphStats()
 
-    def __len__(self) -> int:
-        """How many graphs there are."""
-        return len(self._graphs)
+    @property
+    def stats(self) -> StepGraphStats:
+        """What was replayed until now."""
+        self._stats.graphs, self._stats.shapes = len(self._graphs), len(self._met)
+        return self._stats
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """The loss of a batch; its gradients are added to those of the parameters.
@@ -72,56 +93,71 @@ class StepGraphs:
             batch: the keywords of the step. What is no tensor is a part of the batch's shape.
 
         Raises:
-            RuntimeError: the step of this batch cannot be captured.
+            CaptureError: the step of this batch cannot be captured.
         """
+        self._stats.steps += 1
         shape = _shape(batch)
         if shape is None or debug_is_on():
             return self._step(**batch)
-        addresses = tuple(p.data_ptr() for p in self._parameters)
-        if addresses != self._addresses:
-            self._graphs.clear()
-            self._addresses = addresses
+        self._look_at_the_model()
         graph = self._graphs.get(shape)
         if graph is None:
             self._met[shape] += 1
             if self._met[shape] <= self._before or len(self._graphs) >= self._most:
                 return self._step(**batch)
             graph = self._graphs[shape] = self._captured(batch)
+        self._stats.replayed += 1
         return self._replayed(graph, batch)
 
+    def _look_at_the_model(self) -> None:
+        state = (
+            *((p.data_ptr(), p.requires_grad) for p in self._parameters),
+            *(buffer.data_ptr() for buffer in self._buffers),
+        )
+        if state == self._state:
+            return
+        self._state = state
+        self._trained = [p for p in self._parameters if p.requires_grad]
+        self._graphs.clear()
+        self._capture = None  # and its memory, which gradients of its graphs may still be in
+
     def _captured(self, batch: Mapping[str, Any]) -> _Graph:
-        kept = [p.grad for p in self._parameters]
+        kept = [p.grad for p in self._trained]
         inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        if self._capture is None:
+            self._capture = self._capturing()
 
         def run() -> Tensor:
-            for p in self._parameters:
+            for p in self._trained:
                 p.grad = None  # so that the backward makes a new one, which is the graph's
             return self._step(**inputs)
 
         try:
             replay, loss = self._capture(run)
-            grads = [p.grad for p in self._parameters]
+            grads = [p.grad for p in self._trained]
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             shapes = {name: list(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
-            raise RuntimeError(
+            raise CaptureError(
                 f"the training step of a batch {shapes} cannot be made a CUDA graph: {error}. Train without step graphs"
             ) from error
         finally:
-            for p, grad in zip(self._parameters, kept, strict=True):
+            for p, grad in zip(self._trained, kept, strict=True):
                 p.grad = grad
         return _Graph(inputs, replay, loss, grads)
 
     def _replayed(self, graph: _Graph, batch: Mapping[str, Any]) -> Tensor:
         # What an earlier replay left in .grad is memory that this one writes, or may write: graphs share it.
         graphs = {id(grad) for one in self._graphs.values() for grad in one.grads if grad is not None}
-        for p in self._parameters:
+        for p in self._trained:
             if p.grad is not None and id(p.grad) in graphs:
                 p.grad = p.grad.clone()
         for name, value in graph.inputs.items():
             if isinstance(value, Tensor):
                 value.copy_(batch[name], non_blocking=True)
         graph.replay()
-        for p, grad in zip(self._parameters, graph.grads, strict=True):
+        for p, grad in zip(self._trained, graph.grads, strict=True):
             if grad is not None:
                 p.grad = grad if p.grad is None else p.grad + grad
         return graph.loss.clone()
@@ -153,8 +189,8 @@ def _shape(batch: Mapping[str, Any]) -> Hashable | None:
 def cuda_capture(device: torch.device) -> Capture:
     """Captures calls as CUDA graphs of one memory pool.
 
-    A call is run once, on the stream that it is then captured on, before that: what libraries make at their first call
-    (handles, workspaces) is no part of a graph.
+    A call is run once before, on the stream that it is then captured on: what libraries make at their first call
+    (handles, workspaces) is no part of a graph. It draws no random numbers from the generator.
 
     Raises:
         ValueError: the device is no CUDA device.
@@ -167,12 +203,24 @@ def cuda_capture(device: torch.device) -> Capture:
     def capture(run: Run) -> tuple[Callable[[], None], Tensor]:
         current = torch.cuda.current_stream(device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        with torch.random.fork_rng(devices=[device]), torch.cuda.stream(stream):
             run()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            loss = run()
+        failure: Exception | None = None
+        try:
+            # Threads of a data loader pin memory meanwhile, which is none of this capture's business.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                try:
+                    loss = run()
+                except Exception as error:
+                    failure = error  # ending the capture raises another one, which does not say what went wrong
+                    raise
+        except Exception:
+            torch.cuda.set_stream(current)
+            if failure is None:
+                raise
+            raise failure from None
         return graph.replay, loss
 
     return capture

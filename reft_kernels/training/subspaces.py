@@ -41,11 +41,16 @@ def checked_subspaces(subspaces: Sequence[Sequence[int]], count: int, reft_model
     rank = min(ranks, default=None)
     rows = [list(row) for row in subspaces]
     for index, row in enumerate(rows):
-        if not row or len(row) != len(rows[0]) or len(set(row)) != len(row):
-            raise ValueError(
-                f"example {index}: subspaces must be different dimensions, as many as the first example's "
-                f"{len(rows[0])}, got {row}"
-            )
-        if min(row) < 0 or (rank is not None and max(row) >= rank):
-            raise ValueError(f"example {index}: subspaces must be from 0 to r - 1 with the rank r = {rank}, got {row}")
+        check_subspace(row, f"example {index}", len(rows[0]), rank)
     return rows
+
+
+def check_subspace(dimensions: Sequence[int], where: str, count: int, rank: int | None) -> None:
+    """Raises ValueError, which starts with `where`, unless these are `count` different dimensions from 0 to r - 1."""
+    if not dimensions or len(dimensions) != count or len(set(dimensions)) != len(dimensions):
+        raise ValueError(
+            f"{where}: subspaces must be different dimensions, as many as the first example's {count}, got "
+            f"{list(dimensions)}"
+        )
+    if min(dimensions) < 0 or (rank is not None and max(dimensions) >= rank):
+        raise ValueError(f"{where}: subspaces must be from 0 to r - 1 with the rank r = {rank}, got {list(dimensions)}")

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from reft_kernels.training.buckets import Buckets
 from reft_kernels.training.item_layout import IGNORE_INDEX
 
 COLUMNS = "target_columns"
+# Logits of fewer columns cost about as much.
+_LEAST = 16
 
 
 def takes_columns(base: nn.Module) -> bool:
@@ -26,21 +27,21 @@ class TargetColumns:
     """Adds to a collator's batch the columns [K] whose logits predict a label in some row.
 
     Found here, on the host, since their number is a shape: on a GPU it would be waited for. Where the collator pads to
-    few lengths (its `buckets`), K is one of few numbers too: columns without a label are added.
+    few lengths (its `buckets`), K is one of few numbers too, a power of two: columns without a label are added.
     """
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
-        self.buckets: Buckets | None = getattr(collator, "buckets", None)
+        self.few_shapes = getattr(collator, "buckets", None) is not None
 
     def __call__(self, features: Any) -> Any:
         batch = self.collator(features)
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and labels.ndim == 2:
             labelled = (labels[:, 1:] != IGNORE_INDEX).any(0)
-            if self.buckets is not None:
+            if self.few_shapes:
                 count = int(labelled.sum())
-                more = min(self.buckets.next(count), len(labelled)) - count
+                more = min(max(_LEAST, 1 << (count - 1).bit_length()), len(labelled)) - count
                 labelled[(~labelled).nonzero()[:more, 0]] = True
             batch[COLUMNS] = labelled.nonzero()[:, 0]
         return batch

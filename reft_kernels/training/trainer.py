@@ -24,6 +24,7 @@ from reft_kernels.training.length_groups import LengthGroups, groups_by_length
 from reft_kernels.training.log_values import LogValues
 from reft_kernels.training.sharding import save_optimizer, save_together, taking_whole_tensors
 from reft_kernels.training.split_models import tensor_parallel_size
+from reft_kernels.training.step_graph_checks import check_step_graphs
 from reft_kernels.training.step_graphs import StepGraphs, cuda_capture
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
     Raises:
         TypeError: `model` is no ReftModel.
         ValueError: both `tokenizer` and `processing_class` are given; or `step_graphs` on another device than a CUDA
-            device, with several processes, gradient checkpointing, or graphs of torch.compile's own.
+            device, with transformers 4, or together with what it does not go with (`check_step_graphs`).
     """
 
     def __init__(
@@ -108,9 +109,10 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         self.can_return_loss: bool = can_return_loss(type(self._base))
         self._loss_shifts_labels = self._shifts_labels()
         self.step_graphs: StepGraphs | None = None
+        self._replays_steps = step_graphs
         if step_graphs:
-            _check_step_graphs(self.args)
-            self.step_graphs = StepGraphs(self._graphed_step, self.model.parameters(), cuda_capture(self.args.device))
+            check_step_graphs(self.args, self._base)
+            cuda_capture(self.args.device)  # raises where there is no such device
 
     def _default_collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         return ReftDataCollator(DataCollatorWithPadding(tokenizer))
@@ -153,14 +155,19 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         """As Trainer.training_step; LogValues callbacks see the batch."""
         for callback in self._log_values():
             callback.see_batch(inputs)
-        if self.step_graphs is None:
+        if not self._replays_steps:
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
             return loss
         return self._step_by_graph(inputs, *args, **kwargs)
 
     def _step_by_graph(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The step, with all that changes from one to the next in tensors."""
-        assert self.step_graphs is not None
+        if self.step_graphs is None:
+            self.step_graphs = StepGraphs(self._graphed_step, self.model, lambda: cuda_capture(self.args.device))
+        # Of a replay nothing but kernels runs.
+        self.model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
         if isinstance(num_items_in_batch, int):
             num_items_in_batch = torch.tensor(num_items_in_batch, device=self.args.device)
         batch = {
@@ -270,6 +277,7 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
             if last is None:
                 raise ValueError(f"no complete checkpoint to resume from in {self.args.output_dir}")
             resume_from_checkpoint = str(last)
+        self.step_graphs = None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -315,17 +323,6 @@ def _read_in_every_process(args: Any) -> None:
     config: Any = args.accelerator_config
     if config.dispatch_batches is None:
         config.dispatch_batches = False
-
-
-def _check_step_graphs(args: Any) -> None:
-    for name, is_on in (
-        ("several processes", args.world_size > 1),
-        ("gradient_checkpointing", args.gradient_checkpointing),
-        ("torch_compile_mode", args.torch_compile and args.torch_compile_mode in ("reduce-overhead", "max-autotune")),
-        ("torch_empty_cache_steps", args.torch_empty_cache_steps is not None),
-    ):
-        if is_on:
-            raise ValueError(f"step_graphs does not go with {name}")
 
 
 def _is_matrix(model: nn.Module, name: str) -> bool:
