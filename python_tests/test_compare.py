@@ -124,6 +124,8 @@ def test_nothing_to_compare_by(tmp_path: Path, capsys: pytest.CaptureFixture[str
     argv = ["compare", "--model", "m", "--data", "rows.jsonl", "--output", str(tmp_path / "out")]
     assert main(argv) == 2
     assert "--eval-data: no data is named, so nothing to compare the methods by" in capsys.readouterr().err
+    assert main([*argv, "--eval-data", "rows.jsonl", "--evaluation", "none"]) == 2
+    assert "--evaluation none: leaves nothing to compare the methods by" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -192,9 +192,17 @@ def test_rows_name_their_own_subspaces(language_model: str, data: dict[str, str]
     for row, settings, message in (
         (named[0], {}, "line 1: has a field 'subspaces', which --subspaces rows reads"),
         (named[0], {"streaming": 4}, "line 1: has a field 'subspaces', which --subspaces rows reads"),
-        (rows(1)[0], {"subspaces": ["rows"]}, "line 1: field 'subspaces' is missing, which --subspaces rows reads"),
+        (named[0], {"subspaces": ["0"]}, "line 1: has a field 'subspaces', which --subspaces rows reads"),
+        (rows(1)[0], {"subspaces": ["rows"]}, "line 2: field 'subspaces' is missing, which --subspaces rows reads"),
+        (
+            {**named[0], "subspaces": [9]},
+            {"subspaces": ["rows"]},
+            r"line 2: subspaces must be from 0 to r - 1 .* \[9\]",
+        ),
+        ({**named[0], "subspaces": [0, 1]}, {"subspaces": ["rows"]}, r"line 2: .* as many as the first example's 1"),
     ):
-        one = str(write_rows(tmp_path / "one.jsonl", [row]))
+        by_row = settings.get("subspaces") == ["rows"]
+        one = str(write_rows(tmp_path / "one.jsonl", [named[0], row] if by_row else [row]))
         with pytest.raises(UserError, match=message):
             run(settings_of(data=[one], **{**values, **settings}), language_model, tmp_path / "bad")
 
