@@ -18,12 +18,14 @@ from reft_kernels.cli import main
 from reft_kernels.jobs.adapters import adapt
 from reft_kernels.jobs.classification import ClassificationJob
 from reft_kernels.jobs.errors import UserError
+from reft_kernels.jobs.job_log import say_training
 from reft_kernels.jobs.language import LanguageJob
 from reft_kernels.jobs.rows import hold_out_rows, source_names
 from reft_kernels.jobs.run import run_job
 from reft_kernels.jobs.trainer_arguments import RunOptions, training_arguments
 from reft_kernels.recipes import JobSettings
 from reft_kernels.training.splits import glue_split
+from reft_kernels.training.throughput import Throughput
 
 
 @pytest.fixture(scope="module")
@@ -595,6 +597,25 @@ def test_few_lengths_of_texts(encoder: str, tmp_path: Path) -> None:
     assert found == pytest.approx(wanted, rel=1e-4)
     with pytest.raises(UserError, match=r"--pad-to 3: texts have up to \d+ tokens"):
         run(settings.changed({"pad_to": [2, 3]}), str(undropped), tmp_path / "short")
+
+
+def test_the_last_step_is_logged(language_model: str, data: dict[str, str], tmp_path: Path) -> None:
+    log, said = run(settings_of(data=[data["boxes"]], max_steps=7), language_model, tmp_path / "run", log_steps=5)
+    assert [entry["step"] for entry in log["history"]] == [1, 5, 7]
+    first, last = log["history"][0]["loss"], log["history"][-1]["loss"]
+    assert f"loss     {first:.4f} -> {last:.4f} in 7 steps" in said
+
+
+@pytest.mark.parametrize(("replayed", "more"), [(3, "; --pad-to makes shapes few"), (30, "")])
+def test_replays_are_told(replayed: int, more: str) -> None:
+    said: list[str] = []
+    graphs = {"replayed": replayed, "steps": 40, "graphs": 1, "shapes": 2}
+    log = {"history": [], "seconds": 1.0, "ms_per_step": 1.0, "adapter_bytes": 1, "step_graphs": graphs}
+    say_training(log, Throughput(), Path("run"), said.append)
+    (line,) = [line for line in said if line.startswith("graphs ")]
+    assert line == (
+        f"graphs   {replayed} of 40 forward and backward passes were replayed, 1 graphs for 2 shapes of batches{more}"
+    )
 
 
 def test_held_out_rows() -> None:

@@ -10,7 +10,7 @@ import pytest
 from training_support import rows, save_model, write_rows
 
 from reft_kernels.cli import main
-from reft_kernels.jobs.search import frontier, table
+from reft_kernels.jobs.search import best_trial, frontier, table
 from reft_kernels.jobs.search_plot import draw
 from reft_kernels.jobs.search_space import Choices, Range, read_space
 from reft_kernels.recipes import find_recipe
@@ -114,6 +114,16 @@ def test_a_trial_is_not_given_up_after_its_last_step(argv: list[str], tmp_path: 
     assert main([*words, "--trials", "5"]) == 0
     states = [trial["state"] for trial in json.loads((tmp_path / "out" / "search.json").read_text())["trials"]]
     assert states == ["complete"] * 5
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_best_is_the_cheapest_of_equal_ones(sign: int) -> None:
+    trials = [
+        {"number": k, "value": sign * value, "parameters": parameters, "ms_per_step": ms}
+        for k, (value, parameters, ms) in enumerate([(0.5, 9, 1.0), (0.7, 8, 1.0), (0.7, 4, 2.0), (0.7, 4, 1.0)])
+    ]
+    assert best_trial(trials, sign)["number"] == 3
+    assert all(3 in frontier(trials, cost, sign) for cost in ("parameters", "ms_per_step"))
 
 
 def test_tables_hold_settings_as_text() -> None:

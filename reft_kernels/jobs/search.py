@@ -101,9 +101,7 @@ def search(
     if not finished:
         failed = [entry["message"] for entry in results["trials"] if entry.get("message")]
         raise UserError("no trial was finished" + (f"; the first failed: {failed[0]}" if failed else ""))
-    sign = 1 if more_is_better else -1
-    # Of equal ones the cheapest, which is on the frontier.
-    best = min(finished, key=lambda entry: (-sign * entry["value"], entry["parameters"], entry["ms_per_step"]))
+    best = best_trial(finished, 1 if more_is_better else -1)
     values = {**settings.as_dict(), **best["settings"]}
     entry = {"title": f"The best of {len(results['trials'])} trials: {metric} {best['value']:.4f}", "settings": values}
     write_atomically(folder / BEST_FILE, json.dumps({"recipes": {"best": entry}}, indent=1) + "\n")
@@ -265,6 +263,11 @@ def frontier(trials: Sequence[Mapping[str, Any]], cost: str, sign: int) -> list[
             best = sign * trial["value"]
             kept.append(trial["number"])
     return kept
+
+
+def best_trial(trials: Sequence[Mapping[str, Any]], sign: int) -> Mapping[str, Any]:
+    """The trial with the best value; of equal ones the cheapest, which is on the frontier."""
+    return min(trials, key=lambda entry: (-sign * entry["value"], entry["parameters"], entry["ms_per_step"]))
 
 
 def _last(values: Mapping[int, float]) -> float | None:
