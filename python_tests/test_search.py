@@ -120,7 +120,7 @@ def test_a_trial_is_not_given_up_after_its_last_step(argv: list[str], tmp_path: 
 def test_the_best_is_the_cheapest_of_equal_ones(sign: int) -> None:
     trials = [
         {"number": k, "value": sign * value, "parameters": parameters, "ms_per_step": ms}
-        for k, (value, parameters, ms) in enumerate([(0.5, 9, 1.0), (0.7, 8, 1.0), (0.7, 4, 2.0), (0.7, 4, 1.0)])
+        for k, (value, parameters, ms) in enumerate([(0.5, 9, 1.0), (0.7, 8, 1.5), (0.7, 5, 2.0), (0.7, 4, 1.0)])
     ]
     assert best_trial(trials, sign)["number"] == 3
     assert all(3 in frontier(trials, cost, sign) for cost in ("parameters", "ms_per_step"))
