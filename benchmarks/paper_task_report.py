@@ -145,7 +145,8 @@ def _panel(axis: Any, one: Mapping[str, Any]) -> None:
     else:
         axis.bar(range(len(methods)), values, width=0.62, color=colours)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.margins(y=0.15)
+        highest = max(value + error for value, error in zip(values, errors, strict=True))
+        axis.set_ylim(1.15 * min(0.0, *values), max(1.18 * highest, 0.1))  # room for the numbers, also above zeros
     if any(errors):
         axis.errorbar(range(len(methods)), values, yerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=3)
     for place, (value, error) in enumerate(zip(values, errors, strict=True)):
