@@ -204,5 +204,5 @@ def split_on_cpu() -> Any:
 
     AcceleratorState.__init__ = sharded
     accelerate.ParallelismConfig._validate_accelerator = lambda self, accelerator: None
-    run._check_split = lambda settings, device: None
+    run._check_device = lambda settings, device: None
     yield
