@@ -149,10 +149,11 @@ class StepGraphs:
 
     def _replayed(self, graph: _Graph, batch: Mapping[str, Any]) -> Tensor:
         # What an earlier replay left in .grad is memory that this one writes, or may write: graphs share it.
-        graphs = {id(grad) for one in self._graphs.values() for grad in one.grads if grad is not None}
-        for p in self._trained:
-            if p.grad is not None and id(p.grad) in graphs:
-                p.grad = p.grad.clone()
+        if held := [p for p in self._trained if p.grad is not None]:
+            graphs = {id(grad) for one in self._graphs.values() for grad in one.grads}
+            for p in held:
+                if p.grad is not None and id(p.grad) in graphs:
+                    p.grad = p.grad.clone()
         for name, value in graph.inputs.items():
             if isinstance(value, Tensor):
                 value.copy_(batch[name], non_blocking=True)

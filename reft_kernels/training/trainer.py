@@ -165,7 +165,8 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         if self.step_graphs is None:
             self.step_graphs = StepGraphs(self._graphed_step, self.model, lambda: cuda_capture(self.args.device))
         # Of a replay nothing but kernels runs.
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         if isinstance(num_items_in_batch, int):
