@@ -123,7 +123,7 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is_noted(
 def test_nothing_to_compare_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["compare", "--model", "m", "--data", "rows.jsonl", "--output", str(tmp_path / "out")]
     assert main(argv) == 2
-    assert "--eval-data: no data is named, so nothing to compare the methods by" in capsys.readouterr().err
+    assert "no data is named and --held-out keeps no rows: nothing to compare the methods by" in capsys.readouterr().err
     assert main([*argv, "--eval-data", "rows.jsonl", "--evaluation", "none"]) == 2
     assert "--evaluation none: leaves nothing to compare the methods by" in capsys.readouterr().err
 

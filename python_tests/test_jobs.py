@@ -114,6 +114,30 @@ def test_evaluations_of_language(
         assert len(kept.read_text().splitlines()) == count
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "metric"), [("loss", "loss"), ("generate", "accuracy"), ("classification", "accuracy")]
+)
+def test_without_evaluation_data_the_held_out_rows_are_scored(
+    language_model: str, encoder: str, data: dict[str, str], tmp_path: Path, evaluation: str, metric: str
+) -> None:
+    language = evaluation != "classification"
+    values = {"evaluation": evaluation} if language else {"task": "classification", "glue": "sst2", "positions": "f3"}
+    model, name = (language_model, "boxes") if language else (encoder, "sentences")
+    settings = settings_of(data=[data[name]], held_out="last:7", max_steps=3, **values)
+    log, said = run(settings, model, tmp_path / "run")
+    last = tmp_path / "last.jsonl"
+    last.write_text("".join(f"{line}\n" for line in Path(data[name]).read_text().splitlines()[-7:]))
+    named, _ = run(settings.changed({"eval_data": (str(last),)}), model, tmp_path / "named")
+    assert set(log["results"]) == {"held_out"}
+    assert set(named["results"]) == {"last"}
+    found, expected = (one["results"][key] for one, key in ((log, "held_out"), (named, "last")))
+    assert found["rows"] == 7
+    assert found[metric] == pytest.approx(expected[metric], rel=1e-6)
+    assert any(line.startswith("eval     held_out: ") for line in said)
+    assert (tmp_path / "run" / "predictions" / "held_out.jsonl").is_file() == (evaluation != "loss")
+    assert run(settings.changed({"held_out": "none"}), model, tmp_path / "none")[0]["results"] == {}
+
+
 def test_the_loss_is_a_mean_over_tokens(
     language_model: str, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

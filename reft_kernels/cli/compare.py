@@ -54,8 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: exists and is no folder")
     settings, changes = _settings(arguments)
-    if not settings.eval_data:
-        raise UserError("--eval-data: no data is named, so nothing to compare the methods by (held-out rows are not)")
+    if not settings.eval_data and settings.held_out == "none":
+        raise UserError("--eval-data: no data is named and --held-out keeps no rows: nothing to compare the methods by")
     if settings.task == "language" and settings.evaluation == "none":
         raise UserError("--evaluation none: leaves nothing to compare the methods by")
 

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 Job = LanguageJob | ClassificationJob
 
+# Among the results, where there is no evaluation data.
+HELD_OUT = "held_out"
+
 
 def make_job(settings: JobSettings) -> Job:
     """The job of these settings. Raises UserError naming the option that is wrong."""
@@ -77,7 +80,8 @@ def run_job(
         options: where, and what is written.
         recipe: the name that the settings came from, for the log.
         callbacks: further callbacks of the trainer.
-        evaluate: whether the evaluation sets are looked at.
+        evaluate: whether it is scored after the training: on the evaluation sets, or where none are named on the
+            held-out rows.
         say: is given the lines that tell what happens.
 
     Raises UserError, one sentence that names what is wrong; nothing is written before the data has been read and the
@@ -258,14 +262,19 @@ def _arguments(
 
 
 def _evaluate(run: _Run) -> dict[str, Any]:
-    """The metrics of every evaluation set; what was said row by row is written beside the adapter."""
+    """The metrics of every evaluation set, or of the held-out rows where there is none; what was said row by row is
+    written beside the adapter."""
     job = run.job
     results: dict[str, Any] = {}
     if job.settings.evaluation == "none" and job.settings.task == "language":
         return results
-    for name in job.evaluated:
+    held_out = not job.settings.eval_data and bool(job.held_out)
+    for name in (HELD_OUT,) if held_out else job.evaluated:
         start = time.perf_counter()
-        scores = job.evaluate(run.reft_model, run.tokenizer, name, progress=run.options.progress)
+        if held_out:
+            scores = job.evaluate_held_out(run.reft_model, run.tokenizer)
+        else:
+            scores = job.evaluate(run.reft_model, run.tokenizer, name, progress=run.options.progress)
         results[name] = {**scores.metrics, "rows": scores.rows, "seconds": time.perf_counter() - start}
         with processes.together():
             if scores.predictions and processes.is_first():
