@@ -189,6 +189,7 @@ def small_disk(folder: Path, size: str, copy: Path) -> Any:
 def split_on_cpu() -> Any:
     """Lets a model be split or sharded without GPUs, which accelerate refuses, though all below it can do that."""
     import accelerate
+    import torch
     from accelerate.state import AcceleratorState
 
     from reft_kernels.jobs import run
@@ -202,7 +203,11 @@ def split_on_cpu() -> Any:
             self.distributed_type = accelerate.DistributedType.FSDP
             self.device_mesh, self.fsdp_plugin = None, fsdp_plugin
 
+    def set_device(self: Any) -> None:
+        self.device = torch.device("cpu")  # not "cpu:0", which transformers 4.57 cannot load an optimiser to
+
     AcceleratorState.__init__ = sharded
+    accelerate.PartialState.set_device = set_device
     accelerate.ParallelismConfig._validate_accelerator = lambda self, accelerator: None
-    run._check_device = lambda settings, device: None
+    run._check_device = lambda settings, device, resume: None
     yield

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from job_processes import Command, begin, split_on_cpu, stopping, wait_for
 from safetensors.torch import load_file
 from training_support import rows, save_encoder, save_model, sentences, write_rows
@@ -288,7 +289,12 @@ def test_a_kill_of_two_goes_on(files: dict[str, Path], tmp_path: Path) -> None:
         wait_for(tmp_path / "there", command)
     assert {command.end(signal.SIGKILL) for command in commands} == {-signal.SIGKILL}
     assert last_complete_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "checkpoint-4"
-    assert ended(launch([*words, "--resume"], tmp_path)) == [0, 0]
+    again = launch([*words, "--resume"], tmp_path)
+    if transformers.__version__.startswith("4."):
+        assert ended(again) == [2, 2]
+        assert "--resume: of several processes on CPUs needs transformers 5" in again[0].complained()
+        return
+    assert ended(again) == [0, 0]
     whole, cut = ([entry["loss"] for entry in log_of(tmp_path / name)["history"]] for name in ("whole", "cut"))
     assert cut == pytest.approx(whole, abs=1e-6)
 

@@ -134,7 +134,7 @@ def _prepare(
             if options.cache_folder is not None and options.cache_folder.exists() and not options.cache_folder.is_dir():
                 raise UserError(f"--cache-folder {options.cache_folder}: exists and is no folder")
         job = make_job(settings)
-        _check_device(settings, device)
+        _check_device(settings, device, resume=options.resume)
         job.read()
         checkpoint = last_complete_checkpoint(folder) if options.resume else None
         if options.resume and checkpoint is None:
@@ -157,7 +157,7 @@ def _prepare(
     return _Run(job, options, reft_model, tokenizer, data, arguments, checkpoint, log, say)
 
 
-def _check_device(settings: JobSettings, device: str) -> None:
+def _check_device(settings: JobSettings, device: str, *, resume: bool) -> None:
     if settings.step_graphs and (device == "cpu" or processes.count() > 1):
         raise UserError(f"--step-graphs: needs a CUDA device and one process, got {device} and {processes.count()}")
     option = "--tensor-parallel" if settings.tensor_parallel else "--shard" if settings.shard else None
@@ -165,6 +165,11 @@ def _check_device(settings: JobSettings, device: str) -> None:
         raise UserError(f"{option}: needs several processes, as torchrun --nproc-per-node 2 starts them")
     if option is not None and device == "cpu":
         raise UserError(f"{option}: needs GPUs, accelerate does not train a model in parts without")
+    if resume and device == "cpu" and processes.count() > 1:
+        from transformers import __version__
+
+        if int(__version__.partition(".")[0]) < 5:  # torch.load knows no "cpu:0", which it asks for
+            raise UserError(f"--resume: of several processes on CPUs needs transformers 5, got {__version__}")
 
 
 def _carry_out(run: _Run, callbacks: Sequence[Any], evaluate: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,11 @@ def training_arguments(
 def _sharding(blocks: str) -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    # transformers 5 takes True; 4.57 has words for what its config says too.
+    # transformers 5 takes True; 4.57 has words for what its config says too, and does not hand on which FSDP it is,
+    # which accelerate then reads from the environment, as its launcher writes it.
     is_flag = hasattr(TrainingArguments, "_apply_legacy_fsdp_to_config")
+    if not is_flag:
+        os.environ |= {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     return {
         "fsdp": True if is_flag else "full_shard auto_wrap",
         "fsdp_config": {

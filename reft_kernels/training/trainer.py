@@ -23,7 +23,7 @@ from reft_kernels.training.collators import LOCATIONS, SUBSPACES, ReftDataCollat
 from reft_kernels.training.length_groups import LengthGroups, groups_by_length
 from reft_kernels.training.log_values import LogValues
 from reft_kernels.training.sharding import save_optimizer, save_together, taking_whole_tensors
-from reft_kernels.training.split_models import tensor_parallel_size
+from reft_kernels.training.split_models import surplus_of_loss, tensor_parallel_size
 from reft_kernels.training.step_graph_checks import check_step_graphs
 from reft_kernels.training.step_graphs import StepGraphs, cuda_capture
 
@@ -209,9 +209,13 @@ class ReftTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         """
         inputs = self._model_inputs(inputs)
         if self.label_smoother is None or self.compute_loss_func is not None or "labels" not in inputs:
-            return super().compute_loss(
+            found = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+            surplus = surplus_of_loss(self.args) if num_items_in_batch is not None else 1
+            if surplus == 1 or not (self.model_accepts_loss_kwargs or self.compute_loss_func):
+                return found
+            return (found[0] / surplus, found[1]) if return_outputs else found / surplus
         # Trainer shifts the labels for smoothing only where it knows the model's class name.
         labels = inputs["labels"]
         outputs = model(**inputs)
