@@ -107,31 +107,45 @@ def assert_trained_alike(one: Path, two: Path) -> None:
         torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-4)
 
 
-def launchers() -> dict[str, list[str]]:
+def launchers() -> dict[str, list[list[str]]]:
+    """The first words of the commands that start two processes; "two machines" are two commands."""
     port = str(free_port())
-    scripts = Path(sys.executable).parent
+    torchrun, accelerate = (str(Path(sys.executable).parent / name) for name in ("torchrun", "accelerate"))
+    machine = [torchrun, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", port,
+               "--rdzv-endpoint", f"localhost:{port}"]  # fmt: skip
     return {
-        "torchrun": [str(scripts / "torchrun"), "--nproc-per-node", "2", "--master-port", port],
+        "torchrun": [[torchrun, "--nproc-per-node", "2", "--master-port", port]],
         # Also without a GPU: with --cpu it would start one process alone.
-        "accelerate": [str(scripts / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-                       "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port],
+        "accelerate": [[accelerate, "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]],
+        "two machines": [machine, machine],
     }  # fmt: skip
 
 
 @slow
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", list(launchers()))
 def test_the_launchers(files: dict[str, Path], tmp_path: Path, launcher: str) -> None:
     more = ("--eval-data", "more", "--held-out", "count:4", "--save-steps", 4)
     assert main(train_words(files, tmp_path / "one", *more, together=1)) == 0
-    words = [*launchers()[launcher], "-m", "reft_kernels", *train_words(files, tmp_path / "two", *more, together=2)]
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 8/8 (100.0 %)") == 1
-    assert done.stdout.count("eval     more: ") == 1
-    assert "processes 2, each with batches of 2: 4 examples a step" in done.stdout
-    assert "find_unused_parameters" not in done.stderr
+    words = ["-m", "reft_kernels", *train_words(files, tmp_path / "two", *more, together=2)]
+    started = [
+        subprocess.Popen(
+            [*start, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for start in launchers()[launcher]
+    ]  # fmt: skip
+    try:
+        printed = [one.communicate(timeout=240) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    assert [one.returncode for one in started] == [0] * len(started), printed
+    said, complained = ("".join(part) for part in zip(*printed, strict=True))
+    assert said.count("step 8/8 (100.0 %)") == 1
+    assert said.count("eval     more: ") == 1
+    assert "processes 2, each with batches of 2: 4 examples a step" in said
+    assert "find_unused_parameters" not in complained
     assert_trained_alike(tmp_path / "one", tmp_path / "two")
     kept = {path.name for path in (tmp_path / "two" / "checkpoint-8").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= kept
