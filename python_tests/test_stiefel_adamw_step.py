@@ -200,11 +200,11 @@ def test_same_bits_again(backend) -> None:
     [pytest.param(name, marks=pytest.mark.slow) if name == "triton" else name for name in BACKENDS],
     indirect=True,
 )
-def test_ten_thousand_steps_stay_orthonormal(backend) -> None:
+def test_many_steps_stay_orthonormal(backend) -> None:
     shapes = ((4, 24), (20, 40))
-    p = problem_of(torch.float32, 0, shapes, (True, True))
+    steps, lr = (10_000, 1e-2) if backend.name == "cpu" else (100, 3e-2)  # a step takes the interpreter 0.3 s
+    p = problem_of(torch.float32, 0, shapes, (True, True), lr=lr)
     checked(backend, p)
-    steps = 10_000 if backend.name == "cpu" else 300
     targets: list[Tensor] = [reference.polar(torch.randn(s)) for s in shapes]
     for _ in range(steps):
         for g, w, target in zip(p.gradients, p.parameters, targets, strict=True):
