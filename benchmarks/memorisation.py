@@ -246,7 +246,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         points = sorted((c["length"], 100 * c["recited"] / c["length"]) for c in smallest if c["layer"] == layer)
         if not points:
             continue
-        axes[0].plot(*zip(*points, strict=True), "o-", color=colours[layer], label=f"layer {layer}", markersize=4)
+        how = {"color": colours[layer], "label": f"layer {layer}", **_width(layer, layers)}
+        axes[0].plot(*zip(*points, strict=True), "o-", **how)
     parameters = smallest[0]["parameters"]
     lengths = sorted({cell["length"] for cell in cells})
     _share_axis(axes[0], lengths, parameters * PAPER_WHOLE / PAPER_PARAMETERS)
@@ -262,6 +263,12 @@ def plot(report: dict[str, Any], path: Path) -> None:
         fontsize=8,
     )
     store.replace_file(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
+
+
+def _width(layer: int, layers: Sequence[int]) -> dict[str, float]:
+    """Of a curve and its marks: those drawn first are the widest, so that equal curves are all seen."""
+    above = len(layers) - 1 - layers.index(layer)
+    return {"linewidth": 1.4 + 1.5 * above, "markersize": 4 + 2.5 * above}
 
 
 def _share_axis(axis: Any, lengths: Sequence[int], capacity: float) -> None:
@@ -291,7 +298,7 @@ def _by_rank(
             if not points:
                 continue
             label = f"{method}, layer {layer}" if len(methods) > 1 else f"layer {layer}"
-            axis.plot(*zip(*points, strict=True), style, color=colours[layer], label=label, markersize=4)
+            axis.plot(*zip(*points, strict=True), style, color=colours[layer], label=label, **_width(layer, layers))
     axis.set_xscale("log", base=2)
     axis.set_xticks(ranks, [str(rank) for rank in ranks], fontsize=8)
     axis.minorticks_off()
