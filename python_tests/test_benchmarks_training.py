@@ -247,7 +247,7 @@ def test_a_set_keeps_its_recipe(name: str) -> None:
     assert set(one.tests).isdisjoint([one.train])
     rates = {method: changed.get("lr") for method, changed in changes.items()}
     if one.encoder:
-        assert rates == paper_task_sets.GLUE_RATES
+        assert rates == paper_task_sets.GLUE_RATES[name]
         assert settings.held_out == "share:0.1"
     assert set(changes["frozen"]) == ({"lr"} if one.encoder else set())
 
@@ -322,12 +322,12 @@ def test_the_rate_with_the_best_held_out_accuracy_is_chosen() -> None:
         {"eval_accuracy": 0.6, "eval_loss": 0.7}, {"eval_accuracy": 0.8, "eval_loss": 0.6},
         {"eval_accuracy": 0.8, "eval_loss": 0.5}, {"eval_runtime": 3.0},
     ]  # fmt: skip
-    assert paper_task_rates.held_out_score({"held_out": epochs}) == {"accuracy": 0.8, "loss": 0.5}
+    assert paper_task_rates.held_out_score({"held_out": epochs}, "accuracy") == {"accuracy": 0.8, "loss": 0.5}
     runs = {
-        "loreft": {"0.001": {"accuracy": 0.8, "loss": 0.4}, "0.01": {"accuracy": 0.8, "loss": 0.3}},
-        "lora": {"0.001": {"accuracy": 0.7, "loss": 0.4}, "0.01": {"accuracy": 0.5, "loss": 0.3}},
+        "loreft": {"0.001": {"pearson": 0.8, "loss": 0.4}, "0.01": {"pearson": 0.8, "loss": 0.3}},
+        "lora": {"0.001": {"pearson": 0.7, "loss": 0.4}, "0.01": {"pearson": 0.5, "loss": 0.3}},
     }
-    assert paper_task_rates.choose(runs) == {"loreft": 0.01, "lora": 0.001}
+    assert paper_task_rates.choose(runs, "pearson") == {"loreft": 0.01, "lora": 0.001}
 
 
 @pytest.mark.slow
@@ -337,13 +337,19 @@ def test_a_tiny_run_of_the_rates(
     pytest.importorskip("sklearn")
     run_cells_here(monkeypatch)
     out = tmp_path / "rates.json"
-    words = ["--tiny", "--work", str(tmp_path / "work"), "--out", str(out), "--methods", "frozen"]
-    assert paper_task_rates.main([*words, "--rates", "0.001", "0.1", "--max-steps", "2"]) == 0
-    report = json.loads(out.read_text())
-    assert set(report["runs"]["frozen"]) == {"0.001", "0.1"}
-    assert report["chosen"]["frozen"] in (0.001, 0.1)
-    logs = sorted((tmp_path / "work" / "rates").glob("*/frozen-42/train_log.json"))
-    assert [json.loads(log.read_text())["settings"]["eval_data"] for log in logs] == [[], []]
+    words = ["--tiny", "--work", str(tmp_path / "work"), "--out", str(out), "--methods", "frozen", "--max-steps", "2"]
+    assert paper_task_rates.main([*words, "--only", "sst2", "--rates", "0.001", "0.1"]) == 0
+    assert paper_task_rates.main([*words, "--only", "stsb"]) == 0
+    sets = json.loads(out.read_text())["sets"]
+    assert set(sets["sst2"]["runs"]["frozen"]) == {"0.001", "0.1"}  # the second call kept them
+    assert sets["sst2"]["chosen"]["frozen"] in (0.001, 0.1)
+    assert sets["stsb"]["metric"] == "pearson"
+    assert set(sets["stsb"]["runs"]["frozen"]) == {f"{rate:g}" for rate in paper_task_rates.RATES["frozen"]}
+    assert paper_task_rates.main([*words, "--only", "sst2", "--rates", "0.01", "--max-steps", "1"]) == 0
+    again = json.loads(out.read_text())["sets"]["sst2"]
+    assert (again["steps"], set(again["runs"]["frozen"])) == (1, {"0.01"})  # of other steps nothing is compared
+    logs = sorted((tmp_path / "work" / "rates").glob("*/*/frozen-42/train_log.json"))
+    assert [json.loads(log.read_text())["settings"]["eval_data"] for log in logs] == [[]] * 5
     with pytest.raises(SystemExit):
         paper_task_rates.main(["--data", str(tmp_path)])
     assert "glue/sst2/train.jsonl.gz" in capsys.readouterr().err

@@ -19,7 +19,8 @@ def test_a_tiny_run_with_the_peers(tmp_path: Path) -> None:
     assert training_steps.main(words) == 0
     for job in json.loads(out.read_text())["jobs"].values():
         sides, losses = job["sides"], job["first_loss"]
-        assert set(BUILDERS) - set(sides) <= {"lora"}  # where peft is not installed
+        # Without peft, and without a GPU.
+        assert set(BUILDERS) - set(sides) <= {"lora", "reft_kernels_graphs"}
         assert losses["pyreft"] == pytest.approx(losses["reft_kernels"], rel=1e-5)
         assert losses["adapters"] != pytest.approx(losses["floor"], rel=1e-4)
         assert sides["pyreft"]["parameters"] == sides["adapters"]["parameters"] == sides["reft_kernels"]["parameters"]
