@@ -31,7 +31,7 @@ GLUE_RATES: Mapping[str, Mapping[str, float]] = {
     "sst2": {"loreft": 3e-3, "nodireft": 1e-2, "lora": 1e-3, "frozen": 3e-1},
     "cola": {"loreft": 3e-3, "nodireft": 3e-3, "lora": 3e-3, "frozen": 1e-1},
     "rte": {"loreft": 3e-3, "nodireft": 1e-2, "lora": 1e-3, "frozen": 3e-1},
-    "stsb": {"loreft": 1e-2, "nodireft": 1e-2, "lora": 1e-3, "frozen": 1e-1},
+    "stsb": {"loreft": 1e-2, "nodireft": 1e-2, "lora": 1e-3, "frozen": 3e-1},
 }
 
 
@@ -109,7 +109,7 @@ def _glue(name: str, budget: Budget) -> TaskSet:
 
 TASK_SETS: Mapping[str, TaskSet] = {
     "ARC-Easy": _commonsense("ARC-Easy", Budget(400, 100, 250)),
-    "openbookqa": _commonsense("openbookqa", Budget(800, 300, 500)),
+    "openbookqa": _commonsense("openbookqa", Budget(800, 300, 250)),
     "boolq": _commonsense("boolq", Budget(400, 100, 250)),
     "piqa": _commonsense("piqa", Budget(400, 100, 250)),
     "gsm8k": TaskSet(
