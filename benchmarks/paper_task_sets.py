@@ -109,7 +109,7 @@ def _glue(name: str, budget: Budget) -> TaskSet:
 
 TASK_SETS: Mapping[str, TaskSet] = {
     "ARC-Easy": _commonsense("ARC-Easy", Budget(400, 100, 250)),
-    "openbookqa": _commonsense("openbookqa", Budget(800, 300, 250)),
+    "openbookqa": _commonsense("openbookqa", Budget(800, 300, 500)),
     "boolq": _commonsense("boolq", Budget(400, 100, 250)),
     "piqa": _commonsense("piqa", Budget(400, 100, 250)),
     "gsm8k": TaskSet(
