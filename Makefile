@@ -129,8 +129,8 @@ test-pinned: $(VENV_PINNED)/ready ## the same on the transformers that pyreft pi
 	@$(VENV_PINNED)/bin/python -m pytest python_tests/pyreft_parity $(PYTEST_ARGS)
 
 .PHONY: test-adapterhub
-test-adapterhub: $(VENV_PEERS)/ready ## compare with AdapterHub's ReFT, in an environment of its own
-	@$(VENV_PEERS)/bin/python -m pytest python_tests/adapterhub_parity $(PYTEST_ARGS)
+test-adapterhub: $(VENV_PEERS)/ready ## compare with AdapterHub's ReFT, in an environment of its own; jobs of several processes on its transformers 4.57
+	@$(VENV_PEERS)/bin/python -m pytest python_tests/adapterhub_parity python_tests/test_job_processes.py $(PYTEST_ARGS)
 
 .PHONY: bench-drop-in
 bench-drop-in: $(VENV_PEERS)/ready ## time, operations and memory beside pyreft, a patched pyreft and AdapterHub

@@ -166,8 +166,9 @@ def test_the_launchers(files: dict[str, Path], tmp_path: Path, launcher: str) ->
     ids=["loss", "rank", "recite", "classification", "lora"],
 )  # fmt: skip
 def test_kinds_of_jobs(files: dict[str, Path], tmp_path: Path, model: str, more: tuple[Any, ...]) -> None:
-    if "lora" in more:
-        pytest.importorskip("peft")
+    for word, package in (("lora", "peft"), ("classification", "sklearn")):
+        if word in more:
+            pytest.importorskip(package)
     assert main(train_words(files, tmp_path / "one", *more, model=model, together=1)) == 0
     commands = launch(train_words(files, tmp_path / "two", *more, model=model, together=2), tmp_path)
     assert ended(commands) == [0, 0], commands[0].complained() + commands[1].complained()
