@@ -5,8 +5,9 @@
 The recipes' rates are for 20 to 60 epochs; in the few hundred steps of benchmarks.paper_tasks little is learned with
 them. Every method is run at every rate on the training rows that the set trains on, less the tenth that is held out,
 for as many steps, and the rate with the best score there is taken (of equal ones that with the smaller loss). No row
-of an evaluation file is read. `benchmarks.paper_task_sets.GLUE_RATES` holds what came out. Finished runs are not run
-again, and what `--out` holds of other tasks, methods and rates of as many steps stays in it.
+of an evaluation file is read. `benchmarks.paper_task_sets.GLUE_RATES` holds what came out; the results that are kept
+are of 200 steps for SST-2, and RTE was not tried. Finished runs are not run again, and what `--out` holds of other
+tasks, or of other methods and rates on the same model and in as many steps, stays in it.
 """
 
 from __future__ import annotations
@@ -57,12 +58,20 @@ def run_rates(name: str, arguments: argparse.Namespace, report: dict[str, Any]) 
     one = TASK_SETS[name]
     budget = budget_of(one, arguments)
     train = arguments.data / one.train
-    model, report["model"] = model_of(one, arguments)
+    model, name_of_model = model_of(one, arguments)
     metric = glue_task(name).best_metric
-    rows = f"the first {budget.examples} training rows, a tenth of them held out"
+    about = {
+        "model": name_of_model,
+        "dtype": arguments.dtype,
+        "seed": arguments.seed,
+        "rows": f"the first {budget.examples} training rows, a tenth of them held out",
+        "steps": budget.steps,
+        "metric": metric,
+    }
     found = report["sets"].get(name, {})
-    if (found.get("steps"), found.get("rows")) != (budget.steps, rows):
-        found = {"metric": metric, "rows": rows, "steps": budget.steps, "runs": {}}
+    if any(found.get(key) != value for key, value in about.items()):
+        found = {**about, "runs": {}}
+    found |= {"commit": report["environment"]["commit"], "utc": report["environment"]["utc"]}
     report["sets"][name] = found
     options = ["--dtype", arguments.dtype, "--device", arguments.device, "--save-steps", "0", "--no-report",
                "--no-progress"]  # fmt: skip
@@ -83,9 +92,8 @@ def report_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """A report of this run, with the tasks of the one before it."""
     kept = {}
     if arguments.out.is_file():
-        earlier = json.loads(arguments.out.read_text(encoding="utf-8"))
-        kept = earlier["sets"] if earlier["seed"] == arguments.seed else {}
-    return {"environment": environment(arguments), "model": None, "seed": arguments.seed, "sets": kept}
+        kept = json.loads(arguments.out.read_text(encoding="utf-8"))["sets"]
+    return {"environment": environment(arguments), "sets": kept}
 
 
 def main(argv: list[str] | None = None) -> int:

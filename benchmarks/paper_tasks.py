@@ -12,7 +12,8 @@
 Each set is one comparison of `python -m reft_kernels compare`, a process for each method and seed; finished ones are
 not run again, so that a call that was stopped goes on. benchmarks.paper_task_sets says what a set changes in its
 recipe, where LoRA's settings come from, and what was chosen on held-out training rows (the learning rates for GLUE);
-nothing was chosen on rows that are reported. The frozen model of a GLUE set trains its head, as all methods do there.
+no setting of a method was chosen on rows that are reported. The frozen model of a GLUE set trains its head, as all
+methods do there.
 DiReFT is `nodireft`, the paper's form.
 
 `--data` (or the environment variable REFT_KERNELS_DATA) is a folder with commonsense/NAME/{train,test}.jsonl.gz,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import run_cells_here
 from training_support import rows, save_model, write_rows
 
 from reft_kernels.cli import main
@@ -124,8 +125,25 @@ def test_nothing_to_compare_by(tmp_path: Path, capsys: pytest.CaptureFixture[str
     argv = ["compare", "--model", "m", "--data", "rows.jsonl", "--output", str(tmp_path / "out")]
     assert main(argv) == 2
     assert "no data is named and --held-out keeps no rows: nothing to compare the methods by" in capsys.readouterr().err
+    assert main([*argv, "--task", "classification", "--glue", "sst2", "--held-out", "glue"]) == 2
+    assert "nothing to compare the methods by" in capsys.readouterr().err
     assert main([*argv, "--eval-data", "rows.jsonl", "--evaluation", "none"]) == 2
     assert "--evaluation none: leaves nothing to compare the methods by" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_methods_are_compared_by_held_out_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_cells_here(monkeypatch)
+    model, data = save_model(tmp_path / "model"), write_rows(tmp_path / "boxes.jsonl", rows(12))
+    argv = ["compare", "--model", model, "--data", data, "--held-out", "last:5", "--output", tmp_path / "out"]
+    argv += ["--evaluation", "loss", "--max-steps", 6, "--batch-size", 4, "--rank", 2, "--positions", "l2"]
+    assert main([str(word) for word in [*argv, "--lr", 0.02, "--methods", "loreft", "frozen"]]) == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
+    losses = {name: entry["scores"]["held_out"]["values"][0] for name, entry in found.items()}
+    assert losses["loreft"] < losses["frozen"]
+    logged = json.loads((tmp_path / "out" / "loreft-42" / "train_log.json").read_text())
+    assert logged["results"]["held_out"]["rows"] == 5
+    assert logged["held_out"][-1]["eval_loss"] == pytest.approx(losses["loreft"], rel=0.1)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from reft_kernels.training import (
     build_prompt,
     last_complete_checkpoint,
     make_supervised_data_module,
+    split_models,
 )
 from reft_kernels.training.checkpoints import FILES, save_beside
 
@@ -376,3 +378,23 @@ def test_a_file_of_another_process_may_appear_while_the_adapter_is_saved(
     assert ReftModel.load(tmp_path / "checkpoint-1", make_llama()).keys == model.keys
     names = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
     assert names == {"rng_state_1.pth", *FILES} - {BASE_FILE}
+
+
+def test_the_loss_of_a_split_model_is_no_multiple(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Trainer that multiplies the loss by all processes, as that of transformers 4.57, though they share a batch."""
+    model = make_model()
+    trainer = ReftTrainerForCausalLM(model, arguments(tmp_path), **make_data(model))
+    batch = trainer.data_collator([trainer.train_dataset[k] for k in range(2)])
+    count = (batch["labels"][:, 1:] != -100).sum()
+    wanted = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+    monkeypatch.setattr(split_models, "_COUNTS_SHARING", False)
+    assert torch.equal(trainer.compute_loss(model, dict(batch), num_items_in_batch=count), wanted)
+    trainer.args.parallelism_config = SimpleNamespace(tp_size=2)
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch), num_items_in_batch=count), wanted / 2)
+    mean, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True, num_items_in_batch=count)
+    torch.testing.assert_close(mean, wanted / 2)
+    assert "logits" in outputs
+    whole = trainer.compute_loss(model, dict(batch))
+    trainer.args.average_tokens_across_devices = False
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch), num_items_in_batch=count), wanted)
+    assert torch.equal(trainer.compute_loss(model, dict(batch)), whole)

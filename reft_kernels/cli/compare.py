@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: exists and is no folder")
     settings, changes = _settings(arguments)
-    if not settings.eval_data and settings.held_out == "none":
+    if not settings.eval_data and settings.held_out in ("none", "glue"):  # "glue" takes them from evaluation data
         raise UserError("--eval-data: no data is named and --held-out keeps no rows: nothing to compare the methods by")
     if settings.task == "language" and settings.evaluation == "none":
         raise UserError("--evaluation none: leaves nothing to compare the methods by")

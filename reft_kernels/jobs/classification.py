@@ -127,12 +127,21 @@ class ClassificationJob:
         """The task's metrics of a model on the evaluation set of this name."""
         return self._score(model, tokenizer, self.evaluated[name], progress)
 
-    def evaluate_held_out(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
+    def evaluate_held_out(
+        self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, *, progress: bool = False
+    ) -> Scores:
         """The task's metrics of a model on the held-out rows."""
-        return self._score(model, tokenizer, self.held_out, False)
+        return self._score(model, tokenizer, self.held_out, progress, "--held-out")
 
-    def _score(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, progress: bool) -> Scores:
-        with user_errors("--eval-data"):
+    def _score(
+        self,
+        model: ReftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows,
+        progress: bool,
+        option: str = "--eval-data",
+    ) -> Scores:
+        with user_errors(option):
             dataset = GlueDataset(tokenizer, model, rows, self.task, max_length=self.settings.max_length)
         logits, labels = predict(
             model, dataset, glue_collator(tokenizer), self.settings.eval_batch_size, progress, self.share

@@ -52,7 +52,7 @@ class LanguageJob:
 
     Attributes:
         train: the rows to learn.
-        held_out: rows kept from them to choose by; may be empty.
+        held_out: rows kept from them, to choose by and to score where there is no evaluation set; may be empty.
         evaluated: the rows of each evaluation set, by name.
         skipped: the rows that were left out because they could not be read.
     """
@@ -290,17 +290,24 @@ class LanguageJob:
         with whole_outside_of_blocks(model):
             return self._score(model, tokenizer, self.evaluated[name], progress)
 
-    def evaluate_held_out(self, model: ReftModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
+    def evaluate_held_out(
+        self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, *, progress: bool = False
+    ) -> Scores:
         """The scores of a model on the held-out rows."""
         with whole_outside_of_blocks(model):
-            return self._score(model, tokenizer, self.held_out, False)
+            return self._score(model, tokenizer, self.held_out, progress, "--held-out")
 
     def _score(
-        self, model: ReftModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], progress: bool
+        self,
+        model: ReftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: list[Example],
+        progress: bool,
+        option: str = "--eval-data",
     ) -> Scores:
         settings = self.settings
         if settings.evaluation == "loss":
-            with user_errors("--eval-data"):
+            with user_errors(option):
                 dataset = self._dataset(examples, tokenizer, model, trained=False)
             collate = SupervisedCollator(pad_token_id(tokenizer))
             loss = mean_loss(model, dataset, collate, settings.eval_batch_size, progress, self.share)
@@ -311,11 +318,13 @@ class LanguageJob:
             metrics = {"recited_share": sum(shares) / len(found), "recited_tokens": sum(lengths) / len(found)}
             return Scores(metrics, len(found), found)
         if settings.evaluation == "rank":
-            said = self._said(tokenizer, examples, lambda part: self._ranked(model, tokenizer, part, progress))
+            said = self._said(tokenizer, examples, lambda part: self._ranked(model, tokenizer, part, progress), option)
             return Scores({"accuracy": sum(one["correct"] for one in said) / len(said)}, len(said), said)
         if settings.evaluation == "generate":
             with _drawing(settings.seed, next(model.parameters()).device):
-                said = self._said(tokenizer, examples, lambda part: self._generated(model, tokenizer, part, progress))
+                said = self._said(
+                    tokenizer, examples, lambda part: self._generated(model, tokenizer, part, progress), option
+                )
             counts = {
                 "accuracy": sum(one["correct"] for one in said),
                 "unanswered": sum(not one["answer"] for one in said),
@@ -324,7 +333,11 @@ class LanguageJob:
         raise UserError(f"--evaluation {settings.evaluation}: nothing to do")
 
     def _said(
-        self, tokenizer: PreTrainedTokenizerBase, examples: list[Example], score: Callable[[list[Example]], list[Any]]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: list[Example],
+        score: Callable[[list[Example]], list[Any]],
+        option: str,
     ) -> list[dict[str, Any]]:
         """What is said to each row, which processes share in the batches that one would make."""
 
@@ -335,7 +348,7 @@ class LanguageJob:
             ]
             return [len(ids) for ids in encode_prompts(tokenizer, prompts)]
 
-        with user_errors("--eval-data", (ValueError,)):
+        with user_errors(option, (ValueError,)):
             found = self.share(examples, score, lengths=lengths, block=self.settings.eval_batch_size)
         return [asdict(one) for one in found]
 

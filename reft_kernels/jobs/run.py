@@ -277,7 +277,7 @@ def _evaluate(run: _Run) -> dict[str, Any]:
     for name in (HELD_OUT,) if held_out else job.evaluated:
         start = time.perf_counter()
         if held_out:
-            scores = job.evaluate_held_out(run.reft_model, run.tokenizer)
+            scores = job.evaluate_held_out(run.reft_model, run.tokenizer, progress=run.options.progress)
         else:
             scores = job.evaluate(run.reft_model, run.tokenizer, name, progress=run.options.progress)
         results[name] = {**scores.metrics, "rows": scores.rows, "seconds": time.perf_counter() - start}

@@ -136,7 +136,12 @@ class JobSettings:
         metavar="HOW",
     )
     eval_data: tuple[str, ...] = _option(
-        (), str, "data", "evaluated after training, as --data", metavar="FILE|NAME", many=True
+        (),
+        str,
+        "data",
+        "evaluated after training, as --data; without it the held-out rows are",
+        metavar="FILE|NAME",
+        many=True,
     )
     eval_split: str = _option("test", str, "data", "split of evaluation data from the hub", metavar="NAME")
     max_eval_examples: int | None = _option(

@@ -6,6 +6,9 @@ from typing import Any
 
 from transformers import Trainer
 
+# Whether Trainer knows that processes share a batch.
+_COUNTS_SHARING = "get_tp_size" in Trainer.compute_loss.__code__.co_names
+
 
 def tensor_parallel_size(args: Any) -> int:
     """Over how many processes a model is split by TrainingArguments, which then all see the same batches."""
@@ -19,5 +22,4 @@ def surplus_of_loss(args: Any) -> int:
     transformers 4.57 multiplies it by the number of all processes, as if each had a batch of its own; later versions
     leave out those that share one.
     """
-    counts_sharing = "get_tp_size" in Trainer.compute_loss.__code__.co_names
-    return 1 if counts_sharing or not args.average_tokens_across_devices else tensor_parallel_size(args)
+    return 1 if _COUNTS_SHARING or not args.average_tokens_across_devices else tensor_parallel_size(args)
