@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,10 @@ def _together(rank: int, work: Callable[..., None], done: Any, args: tuple[Any, 
     done.wait(timeout=300)
     if dist.is_initialized():
         dist.destroy_process_group()
+    # What is left is the interpreter's own end, in which threads of torch that still run may abort the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def share(rank: int) -> Tensor:
